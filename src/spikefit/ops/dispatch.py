@@ -1,0 +1,112 @@
+"""Choose the backend of an operation, per call and never in silence."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Literal, get_args
+
+import torch
+
+from spikefit.errors import BackendError, OptionError
+
+Backend = Literal["auto", "reference", "numba", "triton"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+
+_default: contextvars.ContextVar[str] = contextvars.ContextVar("spikefit_backend", default="auto")
+
+# A module looked up once: find_spec reads the disk.
+_installed: dict[str, bool] = {}
+
+
+def installed(package: str) -> bool:
+    """Whether `package` can be imported; it is not imported here."""
+    if package not in _installed:
+        _installed[package] = find_spec(package) is not None
+    return _installed[package]
+
+
+@contextlib.contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Within the block, operations called with `backend="auto"` use `backend`.
+
+    An operation keeps for its backward the backend chosen in forward, so only the forward needs to be inside.
+
+    Args:
+        backend: "auto", "reference", "numba" or "triton".
+
+    Raises:
+        OptionError: unknown name.
+
+    Example:
+        with spikefit.use_backend("reference"):
+            logits = model(x)
+    """
+    token = _default.set(check_backend(backend))
+    try:
+        yield
+    finally:
+        _default.reset(token)
+
+
+def check_backend(backend: str) -> str:
+    """Return `backend` if it is a known name, else raise OptionError."""
+    if backend not in BACKENDS:
+        raise OptionError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}.")
+    return backend
+
+
+def resolve(backend: str) -> str:
+    """The wish that counts: `backend`, or the default of `use_backend` where it is "auto"."""
+    return _default.get() if check_backend(backend) == "auto" else backend
+
+
+def choose(backend: str, *, triton: str | None, numba: str | None) -> str:
+    """Resolve `backend` to "reference", "numba" or "triton".
+
+    Args:
+        backend: the wish; "auto" takes the default of `use_backend`, else the fastest that can run.
+        triton, numba: None if that backend can run the call, else the reason why not.
+
+    Raises:
+        BackendError: a backend asked for by name cannot run the call; the message is its reason.
+    """
+    backend = resolve(backend)
+    refusal = {"triton": triton, "numba": numba}
+    if backend == "auto":
+        return next((name for name, reason in refusal.items() if reason is None), "reference")
+    reason = refusal.get(backend)
+    if reason is not None:
+        raise BackendError(f"backend={backend!r}: {reason} Use backend='auto' to let spikefit choose.")
+    return backend
+
+
+def numba_refusal(x: torch.Tensor) -> str | None:
+    """The reason why a numba kernel cannot take `x`, or None."""
+    if not installed("numba"):
+        return "numba is not installed; pip install 'spikefit[cpu]'."
+    if x.device.type != "cpu":
+        return f"numba kernels run on CPU tensors, got a tensor on {x.device}."
+    return None
+
+
+def triton_refusal(x: torch.Tensor) -> str | None:
+    """The reason why a Triton kernel cannot take `x`, or None."""
+    if not installed("triton"):
+        return "triton is not installed; pip install 'spikefit[cuda]'."
+    if x.dtype == torch.float64:
+        return "Triton kernels compute in float32, got float64 input, which needs backend='reference' on a GPU."
+    if x.device.type == "cuda":
+        return None
+    from triton import knobs
+
+    if x.device.type == "cpu" and knobs.runtime.interpret:
+        return None
+    return f"Triton kernels run on CUDA tensors, got a tensor on {x.device} (TRITON_INTERPRET=1 runs them on CPU)."
+
+
+def auto_triton_refusal(x: torch.Tensor) -> str | None:
+    """As `triton_refusal`, but on CPU the interpreter is a test tool and never an automatic choice."""
+    if x.device.type != "cuda":
+        return f"Triton kernels run on CUDA tensors, got a tensor on {x.device}."
+    return triton_refusal(x)

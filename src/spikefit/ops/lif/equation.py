@@ -1,0 +1,64 @@
+"""The LIF equation as a value: what the three backends agree on."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from spikefit.errors import OptionError
+from spikefit.ops.surrogate import Surrogate
+
+Reset = Literal["none", "soft", "hard"]
+RESETS: tuple[Reset, ...] = ("none", "soft", "hard")
+
+
+@dataclass(frozen=True)
+class Equation:
+    """u = v_rest + leak (v - v_rest) + gain x;  s = [u >= theta];  v' = reset(u, s).
+
+    Attributes:
+        reset: "soft" (v' = u - theta s), "hard" (v' = u + s (v_reset - u)) or "none" (v' = u).
+        v_reset: where a hard reset goes; 0 and unused otherwise.
+        v_rest: where the membrane decays to.
+        strict: fire on u > theta instead of u >= theta.
+        detach_reset: no gradient through the s inside the reset.
+        surrogate: slope of the step.
+    """
+
+    reset: Reset
+    v_reset: float
+    v_rest: float
+    strict: bool
+    detach_reset: bool
+    surrogate: Surrogate
+
+    @classmethod
+    def make(
+        cls,
+        *,
+        v_reset: float | None,
+        reset: bool,
+        v_rest: float | None,
+        strict: bool,
+        detach_reset: bool,
+        surrogate: Surrogate,
+    ) -> "Equation":
+        """Build from the options of the public door; see `spikefit.ops.lif.lif` for their meaning."""
+        if not reset and v_reset is not None:
+            raise OptionError(f"lif: reset=False never resets, so v_reset={v_reset} has no effect; drop one of the two.")
+        for name, value in (("v_reset", v_reset), ("v_rest", v_rest)):
+            if value is not None and not math.isfinite(value):
+                raise OptionError(f"lif: {name} must be a finite number or None, got {value}.")
+        mode: Reset = "none" if not reset else "soft" if v_reset is None else "hard"
+        if v_rest is None:
+            v_rest = v_reset if v_reset is not None else 0.0
+        return cls(mode, v_reset or 0.0, v_rest, strict, detach_reset, surrogate)
+
+
+def check_coefficients(leak: float, gain: float, v_threshold: float) -> None:
+    """Raise OptionError unless 0 <= leak <= 1, gain is finite and v_threshold > 0."""
+    if not 0 <= leak <= 1:
+        raise OptionError(f"lif: leak must lie in [0, 1] (leak = 1 - 1/tau, tau >= 1 step), got {leak}.")
+    if not math.isfinite(gain):
+        raise OptionError(f"lif: gain must be a finite number, got {gain}.")
+    if not (math.isfinite(v_threshold) and v_threshold > 0):
+        raise OptionError(f"lif: v_threshold must be a finite number > 0, got {v_threshold}.")

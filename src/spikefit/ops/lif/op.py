@@ -1,0 +1,373 @@
+"""The one door to the LIF sequence: it checks, chooses a backend per call, and registers the kernels with autograd."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spikefit.errors import ShapeError, StateError
+from spikefit.ops import dispatch
+from spikefit.ops.lif import reference
+from spikefit.ops.lif.equation import Equation, check_coefficients
+from spikefit.ops.lif.reference import Scalar
+from spikefit.ops.surrogate import FORMS, Surrogate, atan
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+class LIFGradients(NamedTuple):
+    """Gradients of one LIF sequence; `leak`, `gain` and `v_threshold` are 0-d tensors summed over all neurons."""
+
+    x: Tensor
+    v_0: Tensor
+    leak: Tensor
+    gain: Tensor
+    v_threshold: Tensor
+
+
+def lif(
+    x: Tensor,
+    v_0: Tensor | None = None,
+    *,
+    leak: Scalar = 0.5,
+    gain: Scalar = 1.0,
+    v_threshold: Scalar = 1.0,
+    v_reset: float | None = None,
+    reset: bool = True,
+    v_rest: float | None = None,
+    strict: bool = False,
+    detach_reset: bool = True,
+    surrogate: Surrogate = atan(2),  # noqa: B008 (an immutable value)
+    backend: dispatch.Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Run leaky integrate-and-fire neurons over a sequence, from membrane `v_0`.
+
+        u_t = v_rest + leak (v_{t-1} - v_rest) + gain x_t        charge
+        s_t = 1 if u_t >= v_threshold else 0                     fire (u_t > v_threshold if `strict`)
+        v_t = u_t - v_threshold s_t                              soft reset (`v_reset=None`)
+        v_t = u_t + s_t (v_reset - u_t)                          hard reset
+        v_t = u_t                                                `reset=False`
+
+    Between forward and backward the kernels keep `x` and `v_0` and rebuild the membrane; the reference keeps what
+    autograd keeps.
+
+    Args:
+        x: input current, [T, B, ...], in the unit of `v_threshold`; float32, float64, float16 or bfloat16. A view that
+            repeats one step (stride 0 along T) is read once.
+        v_0: membrane before the first step, [B, ...]; zeros if None. float32, or float64 for float64 input.
+        leak: share of the membrane kept per step, 0 <= leak <= 1; `1 - 1/tau` with tau in steps. Number or 0-d tensor.
+        gain: factor on the input; `1/tau` when the input decays with the membrane. Number or 0-d tensor.
+        v_threshold: firing level, > 0. Number or 0-d tensor.
+        v_reset: None for a soft reset, else the level a hard reset goes to.
+        reset: False for no reset at all.
+        v_rest: level the membrane decays to; None means `v_reset` for a hard reset, else 0.
+        strict: fire on u > v_threshold instead of u >= v_threshold.
+        detach_reset: no gradient through the s inside the reset.
+        surrogate: slope of the step; see `spikefit.ops.surrogate`.
+        backend: "auto", "reference", "numba" (CPU) or "triton" (CUDA).
+
+    Returns:
+        (s, v_T): spikes in {0, 1}, [T, B, ...] with the dtype and memory order of `x`, and the membrane after the last
+        step, [B, ...], float32 (float64 for float64 input). Arithmetic is float32 or float64 inside, whatever `x` is.
+
+    Raises:
+        ShapeError: no time or batch axis, T = 0, or an integer input.
+        StateError: `v_0` of another shape, dtype or device than `x` asks for.
+        OptionError: a coefficient outside its range.
+        BackendError: the backend asked for cannot run this call.
+
+    Source: Neftci, Mostafa, Zenke 2019, arXiv:1901.09948.
+    """
+    equation = Equation.make(
+        v_reset=v_reset, reset=reset, v_rest=v_rest, strict=strict, detach_reset=detach_reset, surrogate=surrogate
+    )
+    v_0 = _checked_state("lif", x, v_0)
+    constants, learned = _coefficients(leak, gain, v_threshold, v_0)
+    chosen = _choose(x, equation, backend)
+    if chosen == "reference":
+        return reference.lif(x, v_0, leak=leak, gain=gain, v_threshold=v_threshold, equation=equation)
+    return _lif_forward(x, v_0, learned, *constants, *_flat(equation), chosen)  # type: ignore[no-any-return]
+
+
+def lif_backward(
+    g: Tensor,
+    q: Tensor | None,
+    x: Tensor,
+    v_0: Tensor | None = None,
+    spikes: Tensor | None = None,
+    *,
+    leak: Scalar = 0.5,
+    gain: Scalar = 1.0,
+    v_threshold: Scalar = 1.0,
+    v_reset: float | None = None,
+    reset: bool = True,
+    v_rest: float | None = None,
+    strict: bool = False,
+    detach_reset: bool = True,
+    surrogate: Surrogate = atan(2),  # noqa: B008 (an immutable value)
+    backend: dispatch.Backend = "auto",
+) -> LIFGradients:
+    """The gradient of `lif`, given the gradients of its two results.
+
+    The membrane is rebuilt from `x`. If `spikes` are given they take the place of the threshold in that pass, so that an
+    `x` which was recomputed, and is off by rounding, cannot flip a spike: |error of u| <= gain |error of x| / (1 - leak).
+
+    Args:
+        g: dL/ds, [T, B, ...].
+        q: dL/dv_T, [B, ...]; None for zeros.
+        x, v_0: the inputs of the forward call.
+        spikes: [T, B, ...] of any dtype, as the forward call returned them; None to threshold again.
+        leak, gain, v_threshold, v_reset, reset, v_rest, strict, detach_reset, surrogate, backend: as in `lif`.
+
+    Returns:
+        LIFGradients; `x` has shape and dtype of `x`, the rest is in the compute dtype.
+
+    Raises:
+        As `lif`; ShapeError also if `g` or `spikes` differ from `x` in shape.
+    """
+    equation = Equation.make(
+        v_reset=v_reset, reset=reset, v_rest=v_rest, strict=strict, detach_reset=detach_reset, surrogate=surrogate
+    )
+    v_0 = _checked_state("lif_backward", x, v_0)
+    for name, tensor in (("g", g), ("spikes", spikes)):
+        if tensor is not None and tensor.shape != x.shape:
+            raise ShapeError(f"lif_backward: {name} must have the shape of x, {tuple(x.shape)}, got {tuple(tensor.shape)}.")
+    q = torch.zeros_like(v_0) if q is None else q
+    constants, learned = _coefficients(leak, gain, v_threshold, v_0)
+    chosen = _choose(x, equation, backend)
+    with torch.no_grad():
+        if chosen == "reference":
+            dx, dv_0, d_3 = reference.lif_backward(
+                g, q, x, v_0, spikes, leak=leak, gain=gain, v_threshold=v_threshold, equation=equation
+            )
+        else:
+            dx, dv_0, d_3 = _lif_backward(g, q, x, v_0, learned, spikes, *constants, *_flat(equation), chosen, True)
+    return LIFGradients(dx, dv_0, *d_3.unbind())
+
+
+def _checked_state(who: str, x: Tensor, v_0: Tensor | None) -> Tensor:
+    """Check `x` and `v_0`; returns v_0, zeros if None."""
+    if x.dtype not in DTYPES:
+        raise ShapeError(f"{who}: expected a floating point current, got {x.dtype}; call x.float() first.")
+    if x.ndim < 2:
+        raise ShapeError(
+            f"{who}: expected x as [T, B, ...], got {tuple(x.shape)}. Time comes first: "
+            "encoding.repeat(x, timesteps=T) adds it, x.unsqueeze(1) adds a batch axis."
+        )
+    if x.shape[0] == 0:
+        raise ShapeError(f"{who}: expected at least one time step, got x of shape {tuple(x.shape)} with T = 0.")
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if v_0 is None:
+        return torch.zeros_like(x[0], dtype=compute, requires_grad=False)
+    if v_0.shape != x.shape[1:] or v_0.dtype != compute or v_0.device != x.device:
+        raise StateError(
+            f"{who}: expected a membrane {tuple(x.shape[1:])} {compute} on {x.device}, got {tuple(v_0.shape)} {v_0.dtype} "
+            f"on {v_0.device}. Pass the state of this batch, or None to start from zero."
+        )
+    return v_0
+
+
+def _coefficients(
+    leak: Scalar, gain: Scalar, v_threshold: Scalar, v_0: Tensor
+) -> tuple[tuple[float, float, float], Tensor | None]:
+    """(numbers, None) if all are numbers, else (unused numbers, tensor [3] through which gradients flow)."""
+    given = (leak, gain, v_threshold)
+    tensors = [c for c in given if isinstance(c, Tensor)]
+    for c in tensors:
+        if c.ndim != 0:
+            raise ShapeError(f"lif: leak, gain and v_threshold are numbers or 0-d tensors, got a tensor {tuple(c.shape)}.")
+    if not tensors:
+        check_coefficients(*given)  # type: ignore[arg-type]
+        return given, None  # type: ignore[return-value]
+    return (0.0, 0.0, 0.0), torch.stack([torch.as_tensor(c, dtype=v_0.dtype, device=v_0.device) for c in given])
+
+
+def _choose(x: Tensor, equation: Equation, backend: str) -> str:
+    """Resolve the backend for this call."""
+    if FORMS[equation.surrogate.name].kernel is None:
+        no = f"surrogate {equation.surrogate.name} has no compiled slope."
+        return dispatch.choose(backend, triton=no, numba=no)
+    asked = dispatch.resolve(backend)
+    triton = dispatch.triton_refusal(x) if asked == "triton" else dispatch.auto_triton_refusal(x)
+    return dispatch.choose(backend, triton=triton, numba=dispatch.numba_refusal(x))
+
+
+def _flat(equation: Equation) -> tuple[str, float, float, bool, bool, str, float]:
+    """The equation as arguments a custom op can take."""
+    e = equation
+    return e.reset, e.v_reset, e.v_rest, e.strict, e.detach_reset, e.surrogate.name, e.surrogate.parameter
+
+
+class Layout:
+    """How a sequence [T, B, ...] lies in memory, and its view as rows [T, N] (or [1, N] if one step is repeated).
+
+    Elementwise kernels do not care which axis is which, as long as all tensors share one order; so channels-last
+    sequences are read as they are. A sequence whose steps are not dense is copied first.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        inner = sorted(range(1, x.ndim), key=lambda i: (-x.stride(i), i))
+        self.order = (0, *inner)
+        self.shape = tuple(x.shape[i] for i in self.order)
+        step = x[0].permute([i - 1 for i in inner])
+        self.repeated = x.shape[0] > 1 and x.stride(0) == 0 and step.is_contiguous()
+
+    def rows(self, x: Tensor) -> Tensor:
+        """[T, B, ...] -> [T, N] in memory order; copies only if `x` lies differently."""
+        return x.permute(self.order).contiguous().view(self.shape[0], -1)
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        """As `rows`, but [1, N] for a repeated step."""
+        return self.rows(x) if not self.repeated else x.permute(self.order)[0].reshape(1, -1)
+
+    def flat(self, v: Tensor) -> Tensor:
+        """[B, ...] -> [N]."""
+        return v.permute([i - 1 for i in self.order[1:]]).contiguous().view(-1)
+
+    def empty(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """A sequence [T, B, ...] in this order."""
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return like.new_empty(self.shape, dtype=dtype).permute(inverse)
+
+    def empty_state(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """A membrane [B, ...] in this order."""
+        order = [i - 1 for i in self.order[1:]]
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        return like.new_empty(self.shape[1:], dtype=dtype).permute(inverse)
+
+
+def _kernels(backend: str):
+    """The module with `forward` and `backward` on rows."""
+    if backend == "triton":
+        from spikefit.ops.lif import cuda
+
+        return cuda
+    from spikefit.ops.lif import cpu
+
+    return cpu
+
+
+def _equation(
+    reset: str, v_reset: float, v_rest: float, strict: bool, detach_reset: bool, surrogate: str, parameter: float
+) -> Equation:
+    return Equation(reset, v_reset, v_rest, strict, detach_reset, Surrogate(surrogate, parameter))  # type: ignore[arg-type]
+
+
+@torch.library.custom_op("spikefit::lif", mutates_args=())
+def _lif_forward(
+    x: Tensor,
+    v_0: Tensor,
+    learned: Tensor | None,
+    leak: float,
+    gain: float,
+    v_threshold: float,
+    reset: str,
+    v_reset: float,
+    v_rest: float,
+    strict: bool,
+    detach_reset: bool,
+    surrogate: str,
+    parameter: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    equation = _equation(reset, v_reset, v_rest, strict, detach_reset, surrogate, parameter)
+    layout = Layout(x)
+    spikes, v_T = layout.empty(x, x.dtype), layout.empty_state(x, v_0.dtype)
+    _kernels(backend).forward(
+        layout.input_rows(x),
+        layout.flat(v_0),
+        layout.rows(spikes),
+        layout.flat(v_T),
+        _numbers(learned, (leak, gain, v_threshold), backend),
+        equation,
+    )
+    return spikes, v_T
+
+
+@_lif_forward.register_fake
+def _(x, v_0, *rest):
+    layout = Layout(x)
+    return layout.empty(x, x.dtype), layout.empty_state(x, v_0.dtype)
+
+
+@torch.library.custom_op("spikefit::lif_backward", mutates_args=())
+def _lif_backward(
+    g: Tensor,
+    q: Tensor,
+    x: Tensor,
+    v_0: Tensor,
+    learned: Tensor | None,
+    spikes: Tensor | None,
+    leak: float,
+    gain: float,
+    v_threshold: float,
+    reset: str,
+    v_reset: float,
+    v_rest: float,
+    strict: bool,
+    detach_reset: bool,
+    surrogate: str,
+    parameter: float,
+    backend: str,
+    want_coefficients: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    equation = _equation(reset, v_reset, v_rest, strict, detach_reset, surrogate, parameter)
+    layout = Layout(x)
+    dx, dv_0 = layout.empty(x, x.dtype), layout.empty_state(x, v_0.dtype)
+    d_3 = _kernels(backend).backward(
+        layout.rows(g.to(x.dtype)),
+        layout.flat(q.to(v_0.dtype)),
+        layout.input_rows(x),
+        layout.flat(v_0),
+        None if spikes is None else layout.rows(spikes.to(x.dtype)),
+        layout.rows(dx),
+        layout.flat(dv_0),
+        _numbers(learned, (leak, gain, v_threshold), backend),
+        equation,
+        want_coefficients,
+    )
+    return dx, dv_0, d_3
+
+
+@_lif_backward.register_fake
+def _(g, q, x, v_0, *rest):
+    layout = Layout(x)
+    return layout.empty(x, x.dtype), layout.empty_state(x, v_0.dtype), v_0.new_empty(3)
+
+
+def _numbers(learned: Tensor | None, constants: tuple[float, float, float], backend: str):
+    """(leak, gain, v_threshold) as numbers; on a GPU learned ones stay a tensor, which spares a synchronisation."""
+    if learned is None:
+        return constants
+    if backend == "triton":
+        return learned
+    values = tuple(learned.tolist())
+    check_coefficients(*values)
+    return values
+
+
+def _save_inputs(ctx, inputs, output) -> None:
+    x, v_0, learned, *ctx.options = inputs
+    ctx.save_for_backward(x, v_0, *([] if learned is None else [learned]))
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, g, q):
+    x, v_0, *learned = ctx.saved_tensors
+    none = [None] * len(ctx.options)
+    if g is None and q is None:
+        return None, None, None, *none
+    dx, dv_0, d_3 = _lif_backward(
+        torch.zeros_like(x) if g is None else g,
+        torch.zeros_like(v_0) if q is None else q,
+        x,
+        v_0,
+        learned[0] if learned else None,
+        None,
+        *ctx.options,
+        bool(learned),
+    )
+    return dx, dv_0, d_3 if learned else None, *none
+
+
+_lif_forward.register_autograd(_backward, setup_context=_save_inputs)

@@ -1,0 +1,120 @@
+"""The meaning of the LIF sequence, in plain torch. Shapes: T time steps, B batch, N neurons (all trailing axes).
+
+Arithmetic is float32 (float64 for float64 input); spikes take the dtype of the input, membranes stay in the compute
+dtype. Simple on purpose: the kernels are tested against this file.
+
+Source: Neftci, Mostafa, Zenke 2019, arXiv:1901.09948; the equations stand in `Equation`.
+"""
+
+import torch
+from torch import Tensor
+
+from spikefit.ops.lif.equation import Equation
+from spikefit.ops.surrogate import Surrogate
+
+Scalar = float | Tensor
+
+
+class Fire(torch.autograd.Function):
+    """s = [d >= 0] (or d > 0 when strict) with the slope of the surrogate in backward."""
+
+    @staticmethod
+    def forward(ctx, d: Tensor, surrogate: Surrogate, strict: bool) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(d)
+        ctx.surrogate = surrogate
+        return (d > 0 if strict else d >= 0).to(d.dtype)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):  # type: ignore[override]
+        (d,) = ctx.saved_tensors
+        return g * ctx.surrogate.slope(d), None, None
+
+
+def charge(x: Tensor, v: Tensor, leak: Scalar, gain: Scalar, equation: Equation) -> Tensor:
+    """u = v_rest + leak (v - v_rest) + gain x, in the dtype of v."""
+    x = x.to(v.dtype)
+    if equation.v_rest == 0:
+        return leak * v + gain * x
+    return equation.v_rest + leak * (v - equation.v_rest) + gain * x
+
+
+def after_reset(u: Tensor, s: Tensor, v_threshold: Scalar, equation: Equation) -> Tensor:
+    """The membrane after the reset; `s` in the dtype of `u`, already detached if the reset carries no gradient."""
+    if equation.reset == "soft":
+        return u - v_threshold * s
+    if equation.reset == "hard":
+        return u + s * (equation.v_reset - u)
+    return u
+
+
+def fire(u: Tensor, v_threshold: Scalar, equation: Equation) -> Tensor:
+    """s = [u >= theta], differentiable through the surrogate."""
+    return Fire.apply(u - v_threshold, equation.surrogate, equation.strict)  # type: ignore[no-any-return]
+
+
+def lif(
+    x_TBN: Tensor, v_BN: Tensor, *, leak: Scalar, gain: Scalar, v_threshold: Scalar, equation: Equation
+) -> tuple[Tensor, Tensor]:
+    """Run T steps by plain autograd; returns (spikes [T, B, N], last membrane [B, N])."""
+    spikes = []
+    for x_BN in x_TBN.unbind(0):
+        u_BN = charge(x_BN, v_BN, leak, gain, equation)
+        s_BN = fire(u_BN, v_threshold, equation)
+        v_BN = after_reset(u_BN, s_BN.detach() if equation.detach_reset else s_BN, v_threshold, equation)
+        spikes.append(s_BN.to(x_TBN.dtype))
+    return torch.stack(spikes), v_BN
+
+
+def lif_backward(
+    g_TBN: Tensor,
+    q_BN: Tensor,
+    x_TBN: Tensor,
+    v_0: Tensor,
+    spikes_TBN: Tensor | None,
+    *,
+    leak: Scalar,
+    gain: Scalar,
+    v_threshold: Scalar,
+    equation: Equation,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The adjoint, written out; returns (dx [T, B, N], dv_0 [B, N], d(leak, gain, v_threshold) [3]).
+
+    With g_t = dL/ds_t, q_t = dL/dv_t, S_t = surrogate slope at u_t - theta, and a = 0 if the reset is detached, else 1:
+
+        soft  D_t = g S + q (1 - a theta S)                       d theta: -g S + q (-s + a theta S)
+        hard  D_t = g S + q ((1 - s) + a (v_reset - u) S)         d theta: -g S - q a (v_reset - u) S
+        none  D_t = g S + q                                       d theta: -g S
+        dx_t = gain D_t,  q_{t-1} = leak D_t,  d leak = sum D_t (v_{t-1} - v_rest),  d gain = sum D_t x_t
+
+    `spikes_TBN`, if given, replaces the threshold when the membrane is rebuilt, so a rounding difference in x cannot
+    flip a spike.
+    """
+    a = 0.0 if equation.detach_reset else 1.0
+    theta, v_BN, before, u_all, s_all = v_threshold, v_0, [], [], []
+    for t, x_BN in enumerate(x_TBN.unbind(0)):
+        before.append(v_BN)
+        u_BN = charge(x_BN, v_BN, leak, gain, equation)
+        given = None if spikes_TBN is None else spikes_TBN[t].to(u_BN.dtype)
+        s_BN = fire(u_BN, theta, equation) if given is None else given
+        v_BN = after_reset(u_BN, s_BN, theta, equation)
+        u_all.append(u_BN)
+        s_all.append(s_BN)
+
+    dx, q_BN = torch.empty_like(x_TBN), q_BN.to(v_0.dtype)
+    d_leak = d_gain = d_theta = torch.zeros((), dtype=v_0.dtype, device=v_0.device)
+    for t in reversed(range(len(u_all))):
+        u_BN, s_BN, g_BN = u_all[t], s_all[t], g_TBN[t].to(v_0.dtype)
+        slope = equation.surrogate.slope(u_BN - theta)
+        if equation.reset == "soft":
+            du_BN, c_BN = g_BN * slope + q_BN * (1 - a * theta * slope), -s_BN + a * theta * slope
+        elif equation.reset == "hard":
+            jump = a * (equation.v_reset - u_BN) * slope
+            du_BN, c_BN = g_BN * slope + q_BN * ((1 - s_BN) + jump), -jump
+        else:
+            du_BN, c_BN = g_BN * slope + q_BN, torch.zeros_like(u_BN)
+        d_leak = d_leak + (du_BN * (before[t] - equation.v_rest)).sum()
+        d_gain = d_gain + (du_BN * x_TBN[t].to(v_0.dtype)).sum()
+        d_theta = d_theta + (-g_BN * slope + q_BN * c_BN).sum()
+        dx[t] = (gain * du_BN).to(dx.dtype)
+        q_BN = leak * du_BN
+    return dx, q_BN, torch.stack([d_leak, d_gain, d_theta])
