@@ -1,0 +1,90 @@
+"""Strategies by name: how the gradient of a given model is obtained. The model and its forward do not depend on it."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from spikefit.engines import depth
+from spikefit.errors import StrategyError
+
+# Runs blocks over a sequence: (blocks, x, state, option) -> (output, state).
+Runner = Callable[[list[nn.Module], Tensor, tuple[Any, ...], str | None], tuple[Tensor, tuple[Any, ...]]]
+
+
+@dataclass(frozen=True)
+class StrategyKind:
+    """One row of the table of strategies.
+
+    Attributes:
+        summary: how backward gets each state back, in one line.
+        exact: whether the gradient is that of plain BPTT.
+        run: runs a chain of blocks.
+        check: raises StrategyError for an option that makes no sense.
+    """
+
+    summary: str
+    exact: bool
+    run: Runner
+    check: Callable[[str | None], None]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A strategy and its option, as written `name` or `name:option`."""
+
+    name: str = "bptt"
+    option: str | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether the gradient equals that of plain BPTT."""
+        return STRATEGIES[self.name].exact
+
+    def run(self, blocks: list[nn.Module], x: Tensor, state: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
+        """Run `blocks` one after the other over the sequence `x`; returns (output, state)."""
+        return STRATEGIES[self.name].run(blocks, x, state, self.option)
+
+    def __str__(self) -> str:
+        return self.name if self.option is None else f"{self.name}:{self.option}"
+
+
+def _no_option(option: str | None) -> None:
+    if option is not None:
+        raise StrategyError(f"strategy bptt: takes no option, got {option!r}; write strategy=bptt.")
+
+
+STRATEGIES: dict[str, StrategyKind] = {
+    "bptt": StrategyKind("keep it: plain autograd holds every state", True, depth.run_plain, _no_option),
+    "checkpoint": StrategyKind(
+        "recompute it: keep the input of every run of units, option: units per run (default: square root of their number)",
+        True,
+        depth.run_checkpointed,
+        depth.check_run_length,
+    ),
+}
+
+
+def parse_strategy(text: "str | dict[str, Any] | Strategy") -> Strategy:
+    """Read "bptt", "checkpoint", "checkpoint:3" or {"name": "checkpoint", "every": 3}.
+
+    Raises:
+        StrategyError: unknown name or option; near names are listed.
+    """
+    if isinstance(text, Strategy):
+        return text
+    if isinstance(text, dict):
+        rest = {k: v for k, v in text.items() if k != "name"}
+        if set(rest) - {"every"} or "name" not in text:
+            raise StrategyError(f"strategy: expected {{ name = ..., every = ... }}, got {text}.")
+        text = text["name"] if not rest else f"{text['name']}:{rest['every']}"
+    name, _, option = text.partition(":")
+    if name not in STRATEGIES:
+        near = difflib.get_close_matches(name, STRATEGIES, n=2, cutoff=0.3)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise StrategyError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {name!r}.{hint}")
+    strategy = Strategy(name, option or None)
+    STRATEGIES[name].check(strategy.option)
+    return strategy

@@ -1,0 +1,147 @@
+"""Norms. Each declares `time_scope`: "none", "step" (can be used step by step) or "sequence" (needs all T together)."""
+
+import contextlib
+import contextvars
+import difflib
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from spikefit.errors import OptionError
+from spikefit.ops.dispatch import Backend
+from spikefit.ops.norm import Moments, affine, channel_norm
+
+TimeScope = Literal["none", "step", "sequence"]
+
+_frozen: contextvars.ContextVar[bool] = contextvars.ContextVar("spikefit_frozen_statistics", default=False)
+
+
+@contextlib.contextmanager
+def frozen_statistics() -> Iterator[None]:
+    """Within the block, norms normalise as usual but leave their running statistics alone.
+
+    A forward that is run again for backward uses it, so that statistics are updated once.
+    """
+    token = _frozen.set(True)
+    try:
+        yield
+    finally:
+        _frozen.reset(token)
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over time, batch and space; buffers and keys are those of nn.BatchNorm2d.
+
+        xh = (z - mean) / sqrt(var + eps),   x = weight xh + bias
+
+    Training uses the statistics of the sequence and moves the running ones once per call; evaluation uses the running
+    ones. Threshold-dependent batch norm (tdBN) is the same with a weight that starts at `v_threshold`.
+
+    Args:
+        channels: C.
+        eps: added to the variance.
+        momentum: share of the current statistics in the running ones; None for their plain mean.
+        initial_weight: first value of the weight; `v_threshold` for tdBN.
+        backend: "auto", "reference" or "numba".
+
+    Shapes:
+        [T, B, C, ...] -> the same.
+
+    Source: Ioffe, Szegedy 2015, arXiv:1502.03167; tdBN: Zheng et al. 2021, arXiv:2011.05280.
+    """
+
+    time_scope: ClassVar[TimeScope] = "sequence"
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        initial_weight: float = 1.0,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        self.channels, self.eps, self.momentum = channels, eps, momentum
+        self.backend: Backend = backend
+        self.weight = nn.Parameter(torch.full((channels,), float(initial_weight)))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.running_mean: Tensor
+        self.running_var: Tensor
+        self.num_batches_tracked: Tensor
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    def forward(self, z: Tensor, *, repeats: int = 1) -> Tensor:
+        """Normalise `z`; `repeats` says how many equal steps each given step stands for."""
+        if not self.training:
+            scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+            return affine(z, scale, self.bias - self.running_mean * scale, backend=self.backend)
+        x, moments = channel_norm(
+            z, self.weight, self.bias, eps=self.eps, per_step=self.time_scope == "step", backend=self.backend
+        )
+        if not _frozen.get():
+            self._track(moments, repeats)
+        return x
+
+    @torch.no_grad()
+    def _track(self, moments: Moments, repeats: int) -> None:
+        """Move the running statistics once per row of the moments."""
+        rows = moments.mean.shape[0]
+        # a repeated step counts T times in one sequence, but is T batches of its own in per-step statistics
+        count, times = (moments.count, repeats) if self.time_scope == "step" else (moments.count * repeats, 1)
+        unbiased = moments.var * (count / max(count - 1, 1))
+        for row in range(rows):
+            for _ in range(times):
+                self.num_batches_tracked += 1
+                share = self.momentum if self.momentum is not None else 1 / int(self.num_batches_tracked)
+                self.running_mean.lerp_(moments.mean[row].to(self.running_mean.dtype), share)
+                self.running_var.lerp_(unbiased[row].to(self.running_var.dtype), share)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, eps={self.eps:g}, momentum={self.momentum}, time_scope={self.time_scope}"
+
+
+class StepBatchNorm(BatchNorm):
+    """Batch norm with statistics of each time step: over batch and space only.
+
+    As if nn.BatchNorm2d were applied step by step: running statistics move T times per sequence. Options and keys are
+    those of `BatchNorm`.
+
+    Shapes:
+        [T, B, C, ...] -> the same.
+    """
+
+    time_scope: ClassVar[TimeScope] = "step"
+
+
+NORMS: tuple[str, ...] = ("bn", "tdbn", "step_bn", "ws", "none")
+
+
+def create_norm(name: str, channels: int, *, v_threshold: float = 1.0, **options) -> BatchNorm | None:
+    """Make a norm by name.
+
+    Args:
+        name: "bn" (over time and batch), "tdbn" (the same, weight starting at `v_threshold`), "step_bn" (per step),
+            "ws" (no norm; the unit standardises its weight) or "none".
+        channels: C.
+        v_threshold: threshold of the neuron behind it, for tdBN.
+        **options: those of `BatchNorm`.
+
+    Raises:
+        OptionError: unknown name; near names are listed.
+    """
+    if name not in NORMS:
+        near = difflib.get_close_matches(name, NORMS, n=2, cutoff=0.3)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise OptionError(f"norm: expected one of {', '.join(NORMS)}, got {name!r}.{hint}")
+    if name in ("ws", "none"):
+        if options:
+            raise OptionError(f"norm {name}: takes no options, got {', '.join(options)}.")
+        return None
+    if name == "tdbn":
+        options = {"initial_weight": v_threshold, **options}
+    return StepBatchNorm(channels, **options) if name == "step_bn" else BatchNorm(channels, **options)

@@ -1,0 +1,129 @@
+"""Layers without a neuron: flatten, pool, dropout and the read-out. They take and return (sequence, state) like units."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spikefit.errors import OptionError, ShapeError
+from spikefit.layers.weight import apply_weight
+from spikefit.neurons import LeakyReadout
+
+
+class Stateless(nn.Module):
+    """Base of layers that keep nothing between steps."""
+
+    consumes_time = False
+
+    def init_state(
+        self, batch_size: int, shape: tuple[int, ...], *, device: Any = None, dtype: torch.dtype = torch.float32
+    ) -> tuple[Any, tuple[int, ...]]:
+        """(None, shape of one output sample)."""
+        return None, tuple(self(torch.empty((1, 1, *shape), device="meta"))[0].shape[2:])
+
+
+class Flatten(Stateless):
+    """[T, B, ...] -> [T, B, features], channels first."""
+
+    def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
+        if x.ndim < 3:
+            raise ShapeError(f"Flatten: expected [T, B, ...], got {tuple(x.shape)}.")
+        return x.flatten(2), None
+
+
+class GlobalAveragePool(Stateless):
+    """Mean over space: [T, B, C, ...] -> [T, B, C]."""
+
+    def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
+        if x.ndim < 4:
+            raise ShapeError(f"GlobalAveragePool: expected [T, B, C, ...], got {tuple(x.shape)}.")
+        return x.mean(tuple(range(3, x.ndim))), None
+
+
+class AveragePoolTime(Stateless):
+    """Mean over neighbouring time steps: [T, B, C] -> [T', B, C]; consumes time.
+
+    Args:
+        kernel_size, stride, padding: as in nn.AvgPool1d, along T.
+    """
+
+    consumes_time = True
+
+    def __init__(self, kernel_size: int = 2, *, stride: int | None = None, padding: int = 0) -> None:
+        super().__init__()
+        self.pool = nn.AvgPool1d(kernel_size, stride, padding)
+
+    def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
+        return self.pool(x.permute(1, 2, 0)).permute(2, 0, 1), None
+
+    def init_state(self, batch_size: int, shape: tuple[int, ...], *, device: Any = None, dtype=torch.float32):
+        return None, shape
+
+
+class FlattenTime(Stateless):
+    """All steps as features of one: [T, B, C] -> [1, B, C * T], channel by channel; consumes time."""
+
+    consumes_time = True
+
+    def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
+        return x.permute(1, 2, 0).flatten(1).unsqueeze(0), None
+
+    def init_state(self, batch_size: int, shape: tuple[int, ...], *, device: Any = None, dtype=torch.float32):
+        return None, shape
+
+
+class Dropout(Stateless):
+    """Zero single elements with probability `p` in training and scale the rest by 1 / (1 - p).
+
+    Args:
+        p: probability, 0 <= p < 1.
+
+    Raises:
+        OptionError: p outside the range.
+    """
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        if not 0 <= p < 1:
+            raise OptionError(f"Dropout: p must lie in [0, 1), got {p}.")
+        self.p = p
+
+    def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
+        return nn.functional.dropout(x, self.p, self.training), None
+
+
+class Readout(nn.Module):
+    """Linear map to the logits of every step, with or without a leaky membrane behind it.
+
+        logits_t = W s_t + b,   or the membrane of a `LeakyReadout` driven by it
+
+    Args:
+        in_features: C.
+        num_classes: K.
+        tau: time constant of the membrane in steps; None for no membrane.
+
+    Shapes:
+        [T, B, C] -> logits [T, B, K]; state: the membrane [B, K], or None.
+    """
+
+    consumes_time = False
+
+    def __init__(self, in_features: int, num_classes: int, *, tau: float | None = None) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise OptionError(f"Readout: num_classes must be at least 1, got {num_classes}.")
+        self.linear = nn.Linear(in_features, num_classes)
+        self.membrane = None if tau is None else LeakyReadout(tau=tau)
+
+    def forward(self, x: Tensor, v_0: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Sequence [T, B, C] and membrane [B, K] -> (logits [T, B, K], membrane)."""
+        logits = apply_weight(self.linear, x)
+        return (logits, None) if self.membrane is None else self.membrane(logits, v_0)
+
+    def init_state(
+        self, batch_size: int, shape: tuple[int, ...], *, device: Any = None, dtype: torch.dtype = torch.float32
+    ) -> tuple[Any, tuple[int, ...]]:
+        """(zero membrane or None, shape of one output sample)."""
+        classes = self.linear.out_features
+        v = None if self.membrane is None else torch.zeros((batch_size, classes), device=device, dtype=dtype)
+        return v, (classes,)

@@ -1,0 +1,198 @@
+"""The network: a chain of blocks, its state as a value, and the strategy that runs it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spikefit.engines.strategy import Strategy, parse_strategy
+from spikefit.errors import OptionError, ShapeError, StateError, StrategyError
+
+State = tuple[Any, ...]
+
+
+class SpikingNetwork(nn.Module):
+    """A chain of blocks from a sequence [T, B, ...] to logits [T, B, K].
+
+    A block is a module `(sequence, state) -> (sequence, state)`: the units, residual blocks and layers of
+    `spikefit.layers`, or your own with the same two results and an `init_state`.
+
+    Args:
+        blocks: the chain, in the order the data flows.
+        input_shape: shape of one input sample without time and batch, (C, H, W) or (C,).
+        timesteps: fixed length of the sequence, needed (and allowed) only if a block consumes time.
+        strategy: how gradients are obtained; see `use_strategy`.
+
+    Raises:
+        OptionError: no block, or a block consumes time and `timesteps` is missing.
+
+    Example:
+        net = SpikingNetwork([SpikingConv2d(3, 32, pool="max"), GlobalAveragePool(), Readout(32, 10)], input_shape=(3, 32, 32))
+        logits = net(encoding.repeat(images, timesteps=8))
+    """
+
+    def __init__(
+        self,
+        blocks: Iterable[nn.Module],
+        *,
+        input_shape: tuple[int, ...],
+        timesteps: int | None = None,
+        strategy: str | Strategy = "bptt",
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.input_shape = tuple(input_shape)
+        self.timesteps = timesteps
+        self.strategy = parse_strategy(strategy)
+        if not self.blocks:
+            raise OptionError("SpikingNetwork: expected at least one block, got none.")
+        consumers = self.time_consumers()
+        if consumers and timesteps is None:
+            raise OptionError(
+                f"SpikingNetwork: {', '.join(consumers)} consume time; give timesteps=T, the sequence length."
+            )
+        if timesteps is not None and not consumers:
+            raise OptionError("SpikingNetwork: timesteps is fixed only where a block consumes time; leave it out.")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of every step, from zero state.
+
+        Args:
+            x: [T, B, *input_shape]; sides of images may differ from `input_shape` where the head pools over space.
+
+        Returns:
+            logits [T, B, K] (T = 1 if the network consumes time).
+
+        Raises:
+            ShapeError: no time axis, T = 0, or another number of channels.
+        """
+        self._check(x)
+        logits, _ = self.strategy.run(list(self.blocks), x, (None,) * len(self.blocks))
+        return logits
+
+    def run(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """As `forward`, but from `state`, and with the state after the last step: for pieces of a long sequence.
+
+        Raises:
+            StateError: a state of another network or batch.
+            ShapeError: as `forward`; also in training with a norm that needs the whole sequence.
+        """
+        self._check(x)
+        self._check_pieces()
+        self._check_state(state)
+        return self.strategy.run(list(self.blocks), x, state)
+
+    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        """One time step: input [B, ...] and state -> (logits [B, K], state).
+
+        Steps fed one by one give the logits of `forward` bit for bit in evaluation, and in training if every norm has
+        statistics per step. A network that consumes time keeps its last T inputs as state and returns the logits of
+        that window, zeros before the first input.
+
+        Raises:
+            StateError: a state of another network or batch.
+            ShapeError: wrong shape; in training, a norm that needs all T together (it is named).
+        """
+        if self.timesteps is not None:
+            self._check_state(state)
+            self._check_pieces()
+            window = torch.cat([state[0][1:], x_t.unsqueeze(0)])
+            return self.forward(window)[-1], (window,)
+        logits, state = self.run(x_t.unsqueeze(0), state)
+        return logits[0], state
+
+    def init_state(
+        self,
+        batch_size: int,
+        input_shape: tuple[int, ...] | None = None,
+        *,
+        device: Any = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> State:
+        """Zero state for `batch_size` samples of `input_shape` (default: that of the network)."""
+        if batch_size < 1:
+            raise OptionError(f"init_state: batch_size must be at least 1, got {batch_size}.")
+        shape = self.input_shape if input_shape is None else tuple(input_shape)
+        if self.timesteps is not None:
+            return (torch.zeros((self.timesteps, batch_size, *shape), device=device, dtype=dtype),)
+        state = []
+        for block in self.blocks:
+            s, shape = block.init_state(batch_size, shape, device=device, dtype=dtype)
+            state.append(s)
+        return tuple(state)
+
+    def time_consumers(self) -> list[str]:
+        """Names of the blocks that need all time steps at once (convolution or pooling over time)."""
+        return [
+            f"blocks.{i} ({type(b).__name__})" for i, b in enumerate(self.blocks) if getattr(b, "consumes_time", False)
+        ]
+
+    def sequence_norms(self) -> list[str]:
+        """Names of the norms whose statistics run over the whole sequence."""
+        return [name for name, m in self.named_modules() if getattr(m, "time_scope", "none") == "sequence"]
+
+    def _check(self, x: Tensor) -> None:
+        who, shape = type(self).__name__, self.input_shape
+        if x.ndim != len(shape) + 2 or (x.shape[2] != shape[0]):
+            wanted = ", ".join(["T", "B", *map(str, shape)])
+            hint = (
+                "A static input needs a time axis: encoding.repeat(x, timesteps=T)."
+                if x.ndim == len(shape) + 1
+                else "Time comes first, then the batch."
+            )
+            raise ShapeError(f"{who}: expected x as [{wanted}], got {tuple(x.shape)}. {hint}")
+        if x.shape[0] == 0 or x.shape[1] == 0:
+            raise ShapeError(f"{who}: expected at least one time step and one sample, got x of shape {tuple(x.shape)}.")
+        if not x.is_floating_point():
+            raise ShapeError(f"{who}: expected floating point input, got {x.dtype}; call x.float() and scale it.")
+        if self.timesteps is not None and x.shape[0] != self.timesteps:
+            raise ShapeError(
+                f"{who}: it consumes time and was made for T = {self.timesteps}, got T = {x.shape[0]}; "
+                f"create it with timesteps={x.shape[0]} or cut the sequence."
+            )
+
+    def _check_pieces(self) -> None:
+        norms = self.sequence_norms() if self.training else []
+        if norms:
+            raise ShapeError(
+                f"{type(self).__name__}: in training {norms[0]} normalises over the whole sequence, so time steps cannot "
+                "be fed one by one. Use norm='step_bn', or model.eval()."
+            )
+
+    def _check_state(self, state: State) -> None:
+        expected = 1 if self.timesteps is not None else len(self.blocks)
+        if not isinstance(state, tuple) or len(state) != expected:
+            got = f"{len(state)} entries" if isinstance(state, tuple) else type(state).__name__
+            raise StateError(
+                f"{type(self).__name__}: expected a state of {expected} entries, got {got}. "
+                "Start with model.init_state(batch_size) and pass on what step returns."
+            )
+
+
+def use_strategy(model: nn.Module, strategy: str | dict[str, Any] | Strategy) -> nn.Module:
+    """Set how the gradients of `model` are obtained, in place; outputs, parameters and `state_dict` stay the same.
+
+    Args:
+        model: a `SpikingNetwork`, or any module that contains some.
+        strategy: "bptt", "checkpoint", "checkpoint:2", ...; `spikefit list strategies` shows all.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        StrategyError: unknown name or option, or no `SpikingNetwork` in `model`.
+
+    Example:
+        model = use_strategy(create_model("vgg9"), "checkpoint")
+    """
+    parsed = parse_strategy(strategy)
+    networks = [m for m in model.modules() if isinstance(m, SpikingNetwork)]
+    if not networks:
+        raise StrategyError(
+            f"use_strategy: {type(model).__name__} contains no SpikingNetwork; build the model from "
+            "spikefit.SpikingNetwork([...]) or spikefit.create_model(...)."
+        )
+    for network in networks:
+        network.strategy = parsed
+    return model

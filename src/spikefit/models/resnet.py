@@ -1,0 +1,58 @@
+"""Spiking ResNet19."""
+
+from typing import Any
+
+from torch import nn
+
+from spikefit.errors import OptionError
+from spikefit.layers import GlobalAveragePool, Readout, ResidualBlock, SpikingConv2d
+from spikefit.models.network import SpikingNetwork
+
+# Width of each stage; both are published, see docs of EfficientLIF-Net.
+WIDTHS: dict[str, tuple[int, int, int]] = {"wide": (256, 512, 512), "narrow": (128, 256, 512)}
+BLOCKS = (3, 3, 2)
+
+
+def resnet19(
+    *,
+    num_classes: int = 10,
+    input_shape: tuple[int, int, int] = (3, 32, 32),
+    widths: str = "wide",
+    width: float = 1.0,
+    norm: str = "bn",
+    neuron: str | dict[str, Any] = "lif",
+    head_tau: float | None = None,
+    chunk: int | None = None,
+) -> SpikingNetwork:
+    """Make a spiking ResNet19: stem, three stages of 3, 3 and 2 blocks that each halve the side, and a linear head.
+
+    Args:
+        num_classes: K.
+        input_shape: (C, H, W).
+        widths: "wide" (256, 512, 512; 26,108,042 parameters at 10 classes) or "narrow" (128, 256, 512; 12,585,866).
+        width: factor on all widths.
+        norm, neuron, chunk: as in `SpikingConv2d`.
+        head_tau: time constant of a leaky read-out; None reads the logits of every step directly.
+
+    Returns:
+        SpikingNetwork, [T, B, C, H, W] -> [T, B, K].
+
+    Raises:
+        OptionError: unknown width set, or width is not positive.
+
+    Source: Zheng et al. 2021, arXiv:2011.05280; widths of Kim et al. 2023, arXiv:2305.18360.
+    """
+    if widths not in WIDTHS:
+        raise OptionError(f"resnet19: widths must be one of {', '.join(WIDTHS)}, got {widths!r}.")
+    if not width > 0:
+        raise OptionError(f"resnet19: width must be > 0, got {width}.")
+    options: dict[str, Any] = {"norm": norm, "neuron": neuron, "chunk": chunk}
+    channels = max(1, round(128 * width))
+    blocks: list[nn.Module] = [SpikingConv2d(input_shape[0], channels, **options)]
+    for stage, count in zip(WIDTHS[widths], BLOCKS, strict=True):
+        out = max(1, round(stage * width))
+        for i in range(count):
+            blocks.append(ResidualBlock(channels, out, stride=2 if i == 0 else 1, **options))
+            channels = out
+    blocks += [GlobalAveragePool(), Readout(channels, num_classes, tau=head_tau)]
+    return SpikingNetwork(blocks, input_shape=input_shape)

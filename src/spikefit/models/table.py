@@ -1,0 +1,73 @@
+"""Models by name, as recipes and the command line write them."""
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from spikefit.errors import OptionError
+from spikefit.models.har import har_conv, har_mlp
+from spikefit.models.mlp import mlp
+from spikefit.models.network import SpikingNetwork, use_strategy
+from spikefit.models.resnet import resnet19
+from spikefit.models.vgg import vgg
+
+
+@dataclass(frozen=True)
+class ModelKind:
+    """One row of the table: how to make the model, and a line about it."""
+
+    make: Callable[..., SpikingNetwork]
+    summary: str
+
+
+MODELS: dict[str, ModelKind] = {
+    "mlp": ModelKind(mlp, "dense spiking layers on flattened input"),
+    "vgg6": ModelKind(partial(vgg, "vgg6"), "64-64-pool-128-128-pool-256-256-pool; the benchmark network"),
+    "vgg9": ModelKind(partial(vgg, "vgg9"), "7 convolutions and a dense layer of 1024"),
+    "vgg11": ModelKind(partial(vgg, "vgg11"), "8 convolutions, 5 pools"),
+    "vgg16": ModelKind(partial(vgg, "vgg16"), "13 convolutions, 14.9 M parameters"),
+    "resnet19": ModelKind(resnet19, "17 convolutions with shortcuts; widths = wide | narrow"),
+    "har_mlp": ModelKind(har_mlp, "four equal dense layers, one sensor sample per time step"),
+    "har_conv": ModelKind(har_conv, "convolutions over time for windows of sensor samples"),
+}
+
+
+def create_model(name: str, **options: Any) -> SpikingNetwork:
+    """Make a model of the zoo.
+
+    Args:
+        name: a key of `MODELS`; `spikefit list models` shows them.
+        **options: those of the model, such as num_classes, input_shape, norm, neuron; `strategy` as in `use_strategy`.
+
+    Returns:
+        SpikingNetwork, [T, B, *input_shape] -> logits [T, B, K].
+
+    Raises:
+        OptionError: unknown model or option; near names are listed.
+
+    Example:
+        model = create_model("vgg9", num_classes=10, neuron={"name": "lif", "tau": 2.0}, norm="step_bn")
+    """
+    if name not in MODELS:
+        near = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.3)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise OptionError(f"create_model: expected one of {', '.join(MODELS)}, got {name!r}.{hint}")
+    strategy = options.pop("strategy", "bptt")
+    known = model_options(name)
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=2)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise OptionError(f"create_model {name}: unknown option {unknown[0]!r}; known: {', '.join(known)}.{hint}")
+    model = MODELS[name].make(**options)
+    use_strategy(model, strategy)
+    return model
+
+
+def model_options(name: str) -> list[str]:
+    """Names of the options that `create_model(name, ...)` takes."""
+    parameters = inspect.signature(MODELS[name].make).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]

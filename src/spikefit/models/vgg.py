@@ -1,0 +1,93 @@
+"""Spiking VGG networks: 3x3 convolution units, pooling of spikes, and a read-out at every step."""
+
+from typing import Any
+
+from torch import nn
+
+from spikefit.errors import OptionError
+from spikefit.layers import Flatten, GlobalAveragePool, Readout, SpikingConv2d, SpikingLinear
+from spikefit.models.network import SpikingNetwork
+
+# Widths of the convolutions; "pool" follows the unit before it. `hidden` are spiking dense units behind them.
+PLANS: dict[str, tuple[tuple[int | str, ...], tuple[int, ...]]] = {
+    "vgg6": ((64, 64, "pool", 128, 128, "pool", 256, 256, "pool"), ()),
+    "vgg9": ((64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool"), (1024,)),
+    "vgg11": ((64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool"), ()),
+    "vgg16": ((128, 128, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512), ()),
+    # widths of the published unshared baseline of EfficientLIF-Net
+    "vgg16:base": (
+        (128, 128, "pool", 256, 256, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512),
+        (),
+    ),
+}
+
+
+def vgg(
+    plan: str,
+    *,
+    num_classes: int = 10,
+    input_shape: tuple[int, int, int] = (3, 32, 32),
+    width: float = 1.0,
+    norm: str = "bn",
+    neuron: str | dict[str, Any] = "lif",
+    pool: str = "max",
+    head_tau: float | None = None,
+    chunk: int | None = None,
+) -> SpikingNetwork:
+    """Make a spiking VGG.
+
+    Args:
+        plan: a key of `PLANS`.
+        num_classes: K.
+        input_shape: (C, H, W).
+        width: factor on all widths.
+        norm, neuron, chunk: as in `SpikingConv2d`.
+        pool: "max" or "avg".
+        head_tau: time constant of a leaky read-out; None reads the logits of every step directly.
+
+    Returns:
+        SpikingNetwork, [T, B, C, H, W] -> [T, B, K]. Without dense units the head averages over space, so that other
+        image sides work too.
+
+    Raises:
+        OptionError: the image is too small for the pools, or width is not positive.
+
+    Source: Simonyan, Zisserman 2015, arXiv:1409.1556; widths of vgg16 as in Kim et al. 2023, arXiv:2305.18360.
+    """
+    convolutions, hidden = PLANS[plan]
+    if not width > 0:
+        raise OptionError(f"{plan}: width must be > 0, got {width}.")
+    channels, height, side = input_shape
+    pools = convolutions.count("pool")
+    if min(height, side) < 2**pools:
+        raise OptionError(
+            f"{plan}: {pools} pools need images of at least {2**pools} pixels a side, got {height}x{side}."
+        )
+    options: dict[str, Any] = {"norm": norm, "neuron": neuron, "chunk": chunk}
+    blocks: list[nn.Module] = []
+    for i, entry in enumerate(convolutions):
+        if entry == "pool":
+            continue
+        out = max(1, round(int(entry) * width))
+        pooled = convolutions[i + 1 : i + 2] == ("pool",)
+        blocks.append(SpikingConv2d(channels, out, pool=pool if pooled else None, **options))
+        channels = out
+    if hidden:
+        blocks.append(Flatten())
+        channels *= (height // 2**pools) * (side // 2**pools)
+        for entry in hidden:
+            out = max(1, round(entry * width))
+            blocks.append(SpikingLinear(channels, out, **options))
+            channels = out
+    else:
+        blocks.append(GlobalAveragePool())
+    blocks.append(Readout(channels, num_classes, tau=head_tau))
+    return _initialised(SpikingNetwork(blocks, input_shape=input_shape))
+
+
+def _initialised(network: SpikingNetwork) -> SpikingNetwork:
+    """Convolutions Kaiming-normal over fan-out, as for deep VGGs without a pre-trained start."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return network

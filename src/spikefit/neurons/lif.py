@@ -1,0 +1,168 @@
+"""Leaky integrate-and-fire neurons. The equation and its options stand in `spikefit.ops.lif.lif`."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from spikefit.errors import OptionError
+from spikefit.ops.dispatch import Backend, check_backend
+from spikefit.ops.lif import lif
+from spikefit.ops.surrogate import Surrogate, parse_surrogate
+
+
+class SpikingNeuron(nn.Module):
+    """Base of the neurons that fire: options of the equation, and `leak` and `gain` from the subclass.
+
+    Args:
+        v_threshold: firing level, > 0.
+        v_reset: None for a soft reset (v - v_threshold), else the level of a hard reset.
+        detach_reset: no gradient through the spike inside the reset.
+        surrogate: a `Surrogate` or its text, "atan(2)".
+        v_rest: level the membrane decays to; None means `v_reset` for a hard reset, else 0.
+        reset: False for no reset at all.
+        strict: fire on u > v_threshold instead of u >= v_threshold.
+        backend: "auto", "reference", "numba" or "triton".
+    """
+
+    def __init__(
+        self,
+        *,
+        v_threshold: float = 1.0,
+        v_reset: float | None = None,
+        detach_reset: bool = True,
+        surrogate: Surrogate | str = "atan(2)",
+        v_rest: float | None = None,
+        reset: bool = True,
+        strict: bool = False,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        if not (math.isfinite(v_threshold) and v_threshold > 0):
+            raise OptionError(f"{type(self).__name__}: v_threshold must be a finite number > 0, got {v_threshold}.")
+        if not reset and v_reset is not None:
+            raise OptionError(f"{type(self).__name__}: reset=False and v_reset={v_reset} exclude each other; drop one.")
+        self.v_threshold, self.v_reset, self.detach_reset = v_threshold, v_reset, detach_reset
+        self.surrogate = parse_surrogate(surrogate)
+        self.v_rest, self.reset, self.strict = v_rest, reset, strict
+        check_backend(backend)
+        self.backend: Backend = backend
+
+    def coefficients(self) -> tuple[float | Tensor, float | Tensor]:
+        """(leak, gain): the share of the membrane kept per step, and the factor on the input."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, v_0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Current [T, B, ...] and membrane [B, ...] (None for zeros) -> (spikes [T, B, ...], membrane [B, ...])."""
+        leak, gain = self.coefficients()
+        return lif(
+            x,
+            v_0,
+            leak=leak,
+            gain=gain,
+            v_threshold=self.v_threshold,
+            v_reset=self.v_reset,
+            reset=self.reset,
+            v_rest=self.v_rest,
+            strict=self.strict,
+            detach_reset=self.detach_reset,
+            surrogate=self.surrogate,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        reset = "none" if not self.reset else "soft" if self.v_reset is None else f"hard to {self.v_reset:g}"
+        detached = ", detached" if self.detach_reset and self.reset else ""
+        return f"v_threshold={self.v_threshold:g}, reset {reset}{detached}, {self.surrogate}"
+
+
+class LIF(SpikingNeuron):
+    """Leaky integrate-and-fire layer over a sequence.
+
+        u_t = leak v_{t-1} + gain x_t,   s_t = [u_t >= v_threshold],   v_t = u_t - v_threshold s_t (soft reset)
+        leak = 1 - 1/tau,   gain = 1/tau if decay_input else 1
+
+    Args:
+        tau: membrane time constant in steps, >= 1.
+        decay_input: whether the input decays with the membrane.
+        **options: those of `SpikingNeuron`.
+
+    Shapes:
+        current [T, B, ...], membrane [B, ...] or None -> spikes [T, B, ...], membrane [B, ...].
+
+    Raises:
+        OptionError: tau below 1, or an option of `SpikingNeuron` out of range.
+
+    Source: Neftci, Mostafa, Zenke 2019, arXiv:1901.09948.
+    """
+
+    def __init__(self, *, tau: float = 2.0, decay_input: bool = False, **options) -> None:
+        super().__init__(**options)
+        if not (math.isfinite(tau) and tau >= 1):
+            raise OptionError(f"LIF: tau must be at least 1 step (leak = 1 - 1/tau), got {tau}. To keep all, use IF().")
+        self.tau, self.decay_input = tau, decay_input
+
+    def coefficients(self) -> tuple[float, float]:
+        return 1 - 1 / self.tau, 1 / self.tau if self.decay_input else 1.0
+
+    def extra_repr(self) -> str:
+        return f"tau={self.tau:g}, decay_input={self.decay_input}, {super().extra_repr()}"
+
+
+class IF(SpikingNeuron):
+    """Integrate-and-fire layer: LIF without leak, u_t = v_{t-1} + x_t.
+
+    Args:
+        **options: those of `SpikingNeuron`.
+
+    Shapes:
+        current [T, B, ...], membrane [B, ...] or None -> spikes [T, B, ...], membrane [B, ...].
+
+    Raises:
+        OptionError: an option of `SpikingNeuron` out of range.
+    """
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+
+    def coefficients(self) -> tuple[float, float]:
+        return 1.0, 1.0
+
+
+class ParametricLIF(SpikingNeuron):
+    """LIF with one learnable time constant per layer.
+
+        1/tau = sigmoid(w),   w_0 = -ln(tau - 1),   leak = 1 - 1/tau,   gain = 1/tau if decay_input else 1
+
+    Args:
+        tau: initial time constant in steps, > 1.
+        decay_input: whether the input decays with the membrane.
+        **options: those of `SpikingNeuron`.
+
+    Shapes:
+        current [T, B, ...], membrane [B, ...] or None -> spikes [T, B, ...], membrane [B, ...].
+
+    Raises:
+        OptionError: tau not above 1, or an option of `SpikingNeuron` out of range.
+
+    Source: Fang et al. 2021, arXiv:2007.05785.
+    """
+
+    def __init__(self, *, tau: float = 2.0, decay_input: bool = False, **options) -> None:
+        super().__init__(**options)
+        if not (math.isfinite(tau) and tau > 1):
+            raise OptionError(f"ParametricLIF: the initial tau must be above 1 step (w = -ln(tau - 1)), got {tau}.")
+        self.decay_input = decay_input
+        self.w = nn.Parameter(torch.tensor(-math.log(tau - 1)))
+
+    @property
+    def tau(self) -> float:
+        """The time constant learnt so far, in steps."""
+        return 1 / float(torch.sigmoid(self.w))
+
+    def coefficients(self) -> tuple[Tensor, float | Tensor]:
+        rate = torch.sigmoid(self.w)
+        return 1 - rate, rate if self.decay_input else 1.0
+
+    def extra_repr(self) -> str:
+        return f"tau={self.tau:g} (learnable), decay_input={self.decay_input}, {super().extra_repr()}"

@@ -1,0 +1,45 @@
+"""Neurons by name, as recipes write them."""
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from spikefit.errors import OptionError
+from spikefit.neurons.lif import IF, LIF, ParametricLIF, SpikingNeuron
+
+NEURONS: dict[str, Callable[..., SpikingNeuron]] = {"lif": LIF, "if": IF, "plif": ParametricLIF}
+
+
+def create_neuron(name: str = "lif", **options: Any) -> SpikingNeuron:
+    """Make a neuron: `create_neuron("lif", tau=2.0, v_reset=None)`.
+
+    Args:
+        name: "lif", "if" or "plif".
+        **options: those of `LIF`, `IF` or `ParametricLIF`; `v_reset="soft"` means None, as TOML cannot write it.
+
+    Raises:
+        OptionError: unknown name or option; near names are listed.
+    """
+    if name not in NEURONS:
+        near = difflib.get_close_matches(name, NEURONS, n=3, cutoff=0.3)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise OptionError(f"neuron: expected one of {', '.join(NEURONS)}, got {name!r}.{hint}")
+    cls = NEURONS[name]
+    if options.get("v_reset") == "soft":
+        options = {**options, "v_reset": None}
+    known = neuron_options(cls)
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise OptionError(f"neuron {name}: unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}.")
+    return cls(**options)
+
+
+def neuron_options(cls: Callable[..., nn.Module]) -> set[str]:
+    """The names of all keyword options of a neuron class, inherited ones included."""
+    names: set[str] = set()
+    for base in (cls, SpikingNeuron):
+        names |= {p.name for p in inspect.signature(base).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    return names
