@@ -59,7 +59,7 @@ def _no_option(option: str | None) -> None:
 STRATEGIES: dict[str, StrategyKind] = {
     "bptt": StrategyKind("keep it: plain autograd holds every state", True, depth.run_plain, _no_option),
     "checkpoint": StrategyKind(
-        "recompute it: keep the input of every run of units, option: units per run (default: square root of their number)",
+        "recompute it: keep the input of every run of units; option: units per run (default: square root of all)",
         True,
         depth.run_checkpointed,
         depth.check_run_length,

@@ -1,4 +1,4 @@
-"""Layers without a neuron: flatten, pool, dropout and the read-out. They take and return (sequence, state) like units."""
+"""Layers without a neuron: flatten, pool, dropout and the read-out; (sequence, state) in and out, like units."""
 
 from typing import Any
 
@@ -51,7 +51,7 @@ class AveragePoolTime(Stateless):
 
     def __init__(self, kernel_size: int = 2, *, stride: int | None = None, padding: int = 0) -> None:
         super().__init__()
-        self.pool = nn.AvgPool1d(kernel_size, stride, padding)
+        self.pool = nn.AvgPool1d(kernel_size, kernel_size if stride is None else stride, padding)
 
     def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
         return self.pool(x.permute(1, 2, 0)).permute(2, 0, 1), None

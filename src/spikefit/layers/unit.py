@@ -172,8 +172,8 @@ class SpikingConv1d(SpikingUnit):
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as in nn.Conv1d.
-        over: "space" for [T, B, C, L]; "time" for [T, B, C], where the kernel reaches over neighbouring time steps. Then
-            the unit consumes time: it needs the whole sequence at once and may change its length.
+        over: "space" for [T, B, C, L]; "time" for [T, B, C], where the kernel reaches over neighbouring time steps.
+            Then the unit consumes time: it needs the whole sequence at once and may change its length.
         norm, neuron, pool, chunk: as in `SpikingConv2d`; a pool is along L and not available over time.
 
     Shapes:
@@ -234,7 +234,7 @@ class SpikingConv1d(SpikingUnit):
         return (current, None) if self.neuron is None else self.neuron(current, v_0)
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return super().output_shape(shape) if self.over == "space" else (self.synapse.out_channels,)
+        return super().output_shape(shape) if self.over == "space" else (int(self.synapse.weight.shape[0]),)
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, (f"over={self.over}", super().extra_repr())))

@@ -1,8 +1,8 @@
 """Weight operations over a sequence: convolutions and linear maps, always one time step per call.
 
 The forward of a weight is the same whatever is trained or kept: step t reads [b, ...] rows of one time step. So a
-sequence fed in one call, step by step, or recomputed piece by piece gives the same bits. The backward, which only has to
-agree to rounding, runs on the folded batch [T * B, ...] in one call.
+sequence fed in one call, step by step, or recomputed piece by piece gives the same bits. The backward, which only has
+to agree to rounding, runs on the folded batch [T * B, ...] in one call.
 """
 
 import math
@@ -47,7 +47,7 @@ def apply_weight(module: Weight, x: Tensor, *, chunk: int | None = None) -> Tens
         if module.padding_mode != "zeros" or isinstance(module.padding, str):
             raise OptionError(f"apply_weight: give {type(module).__name__} a numeric zero padding.")
         geometry = (module.stride, module.padding, module.dilation, module.groups)
-    return _Stepwise.apply(x, weight, bias, geometry, chunk)  # type: ignore[no-any-return]
+    return _Stepwise.apply(x, weight, bias, geometry, chunk)
 
 
 def _check(module: Weight, x: Tensor) -> None:
@@ -72,7 +72,7 @@ class _Stepwise(torch.autograd.Function):
     """Forward one step (and `chunk` rows) at a time, backward on the folded batch; keeps the input and the weight."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, geometry, chunk):  # type: ignore[override]
+    def forward(ctx, x, weight, bias, geometry, chunk):
         ctx.save_for_backward(x, weight)
         ctx.geometry, ctx.has_bias = geometry, bias is not None
         T, B = x.shape[:2]
@@ -82,7 +82,7 @@ class _Stepwise(torch.autograd.Function):
             for b in range(0, B, rows):
                 piece = _call(_dense(x[t, b : b + rows]), weight, bias, geometry)
                 if z is None:
-                    if T * B == piece.shape[0]:
+                    if piece.shape[0] == T * B:
                         return piece.unflatten(0, (T, B))
                     z = _empty(piece, T, B)
                 z[t, b : b + rows] = piece
@@ -90,7 +90,7 @@ class _Stepwise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g):  # type: ignore[override]
+    def backward(ctx, g):
         x, weight = ctx.saved_tensors
         want_x, want_w, want_b = (
             ctx.needs_input_grad[0],

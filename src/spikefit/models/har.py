@@ -1,5 +1,6 @@
 """Networks for sensor sequences, whose time axis is the time of the spiking network."""
 
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -33,9 +34,7 @@ def har_mlp(
         SpikingNetwork, [T, B, C] -> [T, B, K].
     """
     widths = [input_shape[0], *[hidden] * layers]
-    blocks: list[nn.Module] = [
-        SpikingLinear(a, b, norm=norm, neuron=neuron, chunk=chunk) for a, b in zip(widths, widths[1:], strict=False)
-    ]
+    blocks: list[nn.Module] = [SpikingLinear(a, b, norm=norm, neuron=neuron, chunk=chunk) for a, b in pairwise(widths)]
     return SpikingNetwork([*blocks, Readout(hidden, num_classes, tau=head_tau)], input_shape=tuple(input_shape))
 
 

@@ -1,7 +1,7 @@
 """The network: a chain of blocks, its state as a value, and the strategy that runs it."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,8 @@ class SpikingNetwork(nn.Module):
         OptionError: no block, or a block consumes time and `timesteps` is missing.
 
     Example:
-        net = SpikingNetwork([SpikingConv2d(3, 32, pool="max"), GlobalAveragePool(), Readout(32, 10)], input_shape=(3, 32, 32))
+        blocks = [SpikingConv2d(3, 32, pool="max"), GlobalAveragePool(), Readout(32, 10)]
+        net = SpikingNetwork(blocks, input_shape=(3, 32, 32))
         logits = net(encoding.repeat(images, timesteps=8))
     """
 
@@ -118,7 +119,7 @@ class SpikingNetwork(nn.Module):
             return (torch.zeros((self.timesteps, batch_size, *shape), device=device, dtype=dtype),)
         state = []
         for block in self.blocks:
-            s, shape = block.init_state(batch_size, shape, device=device, dtype=dtype)
+            s, shape = cast(Any, block).init_state(batch_size, shape, device=device, dtype=dtype)
             state.append(s)
         return tuple(state)
 
@@ -156,7 +157,7 @@ class SpikingNetwork(nn.Module):
         norms = self.sequence_norms() if self.training else []
         if norms:
             raise ShapeError(
-                f"{type(self).__name__}: in training {norms[0]} normalises over the whole sequence, so time steps cannot "
+                f"{type(self).__name__}: in training {norms[0]} normalises over the whole sequence, so steps cannot "
                 "be fed one by one. Use norm='step_bn', or model.eval()."
             )
 

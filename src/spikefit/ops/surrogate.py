@@ -1,8 +1,8 @@
 """Surrogate slopes: the derivative used in place of that of the step function, and its smooth primitive.
 
-With d = u - v_threshold the forward pass is a step, s = [d >= 0]; backward uses `slope(d)`. Each slope is the derivative
-of a smooth function, its `primitive`, so that a network in which the primitive replaces the step (the smooth twin) can
-be checked by finite differences.
+With d = u - v_threshold the forward pass is a step, s = [d >= 0]; backward uses `slope(d)`. Each slope is the
+derivative of a smooth function, its `primitive`, so that a network in which the primitive replaces the step (the smooth
+twin) can be checked by finite differences.
 
 Sources: Neftci, Mostafa, Zenke 2019, arXiv:1901.09948 (method); Fang et al. 2021, arXiv:2007.05785 (atan);
 Zenke, Ganguli 2018, arXiv:1705.11146 (fast sigmoid); Esser et al. 2016, arXiv:1603.08270 (triangle).
