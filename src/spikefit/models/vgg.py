@@ -14,7 +14,6 @@ PLANS: dict[str, tuple[tuple[int | str, ...], tuple[int, ...]]] = {
     "vgg9": ((64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool"), (1024,)),
     "vgg11": ((64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool"), ()),
     "vgg16": ((128, 128, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512), ()),
-    # widths of the published unshared baseline of EfficientLIF-Net
     "vgg16:base": (
         (128, 128, "pool", 256, 256, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512),
         (),
@@ -27,6 +26,7 @@ def vgg(
     *,
     num_classes: int = 10,
     input_shape: tuple[int, int, int] = (3, 32, 32),
+    widths: str | None = None,
     width: float = 1.0,
     norm: str = "bn",
     neuron: str | dict[str, Any] = "lif",
@@ -40,6 +40,7 @@ def vgg(
         plan: a key of `PLANS`.
         num_classes: K.
         input_shape: (C, H, W).
+        widths: another set of widths; vgg16 has "base", that of the unshared baseline of EfficientLIF-Net.
         width: factor on all widths.
         norm, neuron, chunk: as in `SpikingConv2d`.
         pool: "max" or "avg".
@@ -50,11 +51,15 @@ def vgg(
         image sides work too.
 
     Raises:
-        OptionError: the image is too small for the pools, or width is not positive.
+        OptionError: unknown width set, the image is too small for the pools, or width is not positive.
 
     Source: Simonyan, Zisserman 2015, arXiv:1409.1556; widths of vgg16 as in Kim et al. 2023, arXiv:2305.18360.
     """
-    convolutions, hidden = PLANS[plan]
+    key = plan if widths is None else f"{plan}:{widths}"
+    if key not in PLANS:
+        sets = [name.partition(":")[2] for name in PLANS if name.startswith(f"{plan}:")]
+        raise OptionError(f"{plan}: widths must be one of {', '.join(sets) or 'none'}, or left out, got {widths!r}.")
+    convolutions, hidden = PLANS[key]
     if not width > 0:
         raise OptionError(f"{plan}: width must be > 0, got {width}.")
     channels, height, side = input_shape

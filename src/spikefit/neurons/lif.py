@@ -158,7 +158,7 @@ class ParametricLIF(SpikingNeuron):
     @property
     def tau(self) -> float:
         """The time constant learnt so far, in steps."""
-        return 1 / float(torch.sigmoid(self.w))
+        return 1 / float(torch.sigmoid(self.w.detach()))
 
     def coefficients(self) -> tuple[Tensor, float | Tensor]:
         rate = torch.sigmoid(self.w)

@@ -1,0 +1,89 @@
+"""Strategies: the forward of a model does not depend on them, exact ones give the gradients of plain BPTT."""
+
+import pytest
+import torch
+
+from spikefit.engines import STRATEGIES, Strategy, parse_strategy
+from spikefit.errors import StrategyError
+from spikefit.models import create_model, use_strategy
+
+EXACT = [name for name, kind in STRATEGIES.items() if kind.exact and name != "bptt"] + ["checkpoint:1", "checkpoint:3"]
+CASES = {
+    "vgg6": {"input_shape": (3, 8, 8), "width": 0.125},
+    "resnet19": {"width": 0.0625, "input_shape": (3, 16, 16)},
+    "har_mlp": {"hidden": 32, "neuron": {"name": "plif", "detach_reset": False}},
+    "har_conv": {"timesteps": 16, "widths": [8, 8]},  # dropout: random numbers must be replayed
+}
+
+
+def measure(name, strategy, dtype=torch.float64):
+    """One step from the same weights, batch and random numbers: output, gradients, buffers, state of the generator."""
+    torch.manual_seed(0)
+    model = use_strategy(create_model(name, **CASES[name]).to(dtype), strategy)
+    x = torch.randn(model.timesteps or 6, 3, *model.input_shape, dtype=dtype, requires_grad=True)
+    logits = model(x)
+    gradients = torch.autograd.grad(logits.square().mean(), [x, *model.parameters()])
+    return logits.detach(), gradients, dict(model.named_buffers()), torch.get_rng_state()
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("strategy", EXACT)
+def test_matches_bptt(name, strategy):
+    wanted, got = measure(name, "bptt"), measure(name, strategy)
+    assert torch.equal(got[0], wanted[0])
+    assert sum(float(g.abs().sum()) for g in wanted[1]) > 0
+    for a, b in zip(got[1], wanted[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    for key, buffer in wanted[2].items():
+        assert torch.equal(got[2][key], buffer), key
+    assert torch.equal(got[3], wanted[3])
+
+
+def test_under_autocast_checkpoint_repeats_the_casts():
+    results = []
+    for strategy in ("bptt", "checkpoint:2"):
+        torch.manual_seed(0)
+        model = use_strategy(create_model("vgg6", **CASES["vgg6"]), strategy)
+        x = torch.randn(4, 3, 3, 8, 8)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(x)
+        logits.float().square().mean().backward()
+        results.append([logits, *[p.grad for p in model.parameters()]])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradients_accumulate_and_hooks_run():
+    model = use_strategy(create_model("vgg6", **CASES["vgg6"]), "checkpoint")
+    seen = []
+    next(model.parameters()).register_post_accumulate_grad_hook(lambda p: seen.append(p.shape))
+    for _ in range(2):
+        model(torch.randn(2, 2, 3, 8, 8)).sum().backward()
+    assert len(seen) == 2
+
+
+def test_evaluation_without_gradients_keeps_nothing():
+    model = use_strategy(create_model("vgg6", **CASES["vgg6"]), "checkpoint").eval()
+    with torch.no_grad():
+        assert not model(torch.rand(2, 2, 3, 8, 8)).requires_grad
+
+
+def test_names():
+    assert (
+        parse_strategy("checkpoint:2")
+        == Strategy("checkpoint", "2")
+        == parse_strategy({"name": "checkpoint", "every": 2})
+    )
+    assert str(parse_strategy("checkpoint:2")) == "checkpoint:2"
+    assert parse_strategy("bptt").exact
+    for text, message in [
+        ("btpp", "expected one of bptt, checkpoint"),
+        ("chekpoint", "Did you mean checkpoint"),
+        ("checkpoint:0", "1 or more"),
+        ("checkpoint:two", "1 or more"),
+        ("bptt:2", "takes no option"),
+    ]:
+        with pytest.raises(StrategyError, match=message):
+            parse_strategy(text)
+    with pytest.raises(StrategyError, match="name = "):
+        parse_strategy({"every": 2})

@@ -1,0 +1,276 @@
+"""Units: one forward whatever the pieces, plain gradients, statistics once, honest refusals."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from spikefit.errors import OptionError, ShapeError, StateError
+from spikefit.layers import (
+    NORMS,
+    AveragePoolTime,
+    Dropout,
+    Flatten,
+    FlattenTime,
+    GlobalAveragePool,
+    Readout,
+    ResidualBlock,
+    SpikingConv1d,
+    SpikingConv2d,
+    SpikingLinear,
+    SpikingUnit,
+    apply_weight,
+    create_norm,
+    frozen_statistics,
+)
+from spikefit.neurons import IF, LIF
+
+
+def repeat(x, timesteps):
+    return x.expand(timesteps, *x.shape)
+
+
+def spikes(*shape, rate=0.3):
+    torch.manual_seed(0)
+    return (torch.rand(shape) < rate).float()
+
+
+def loud(unit):
+    """Larger weights where no norm scales the current, so that neurons fire."""
+    if unit.norm is None:
+        with torch.no_grad():
+            unit.synapse.weight *= 4
+    return unit
+
+
+def plain_unit(unit, x):
+    """The unit written with torch's own layers, over [T * B, ...] and a Python loop over time."""
+    z = unit.synapse(x.flatten(0, 1))
+    if unit.norm is not None:
+        n = unit.norm
+        z = F.batch_norm(z, None, None, n.weight, n.bias, True, eps=n.eps)
+    s, _ = LIF(backend="reference")(z.unflatten(0, x.shape[:2]))
+    pool = {None: lambda s: s, "max": F.max_pool2d, "avg": F.avg_pool2d}[unit.pool]
+    return s if unit.pool is None else pool(s.flatten(0, 1), 2).unflatten(0, x.shape[:2])
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: SpikingConv2d(3, 8), (4, 2, 3, 6, 6)),
+        (lambda: SpikingConv2d(3, 8, stride=2, norm="none", pool="max"), (4, 2, 3, 8, 8)),
+        (lambda: SpikingConv2d(4, 8, 5, groups=2, dilation=2, norm="tdbn", pool="avg"), (4, 2, 4, 9, 8)),
+        (lambda: SpikingConv1d(3, 8), (4, 2, 3, 11)),
+        (lambda: SpikingLinear(13, 8), (5, 3, 13)),
+        (lambda: SpikingLinear(13, 8, norm="none"), (5, 3, 13)),
+    ],
+)
+def test_matches_plain_layers(make, shape):
+    torch.manual_seed(1)
+    unit = loud(make().double())
+    x = spikes(*shape).double().requires_grad_()
+    out, v = unit(x)
+    wanted = plain_unit(unit, x)
+    assert 0.02 < out.mean() < 0.98
+    assert torch.equal(out, wanted)
+    assert v.shape == (shape[1], *unit.output_shape(shape[2:]))
+    weights = torch.randn_like(out)
+    inputs = [x, *unit.parameters()]
+    ours = torch.autograd.grad((out * weights).sum(), inputs)
+    theirs = torch.autograd.grad((wanted * weights).sum(), inputs)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_standardised_weights_have_unit_output_variance():
+    unit = SpikingConv2d(16, 32, norm="ws")
+    weight = unit.synapse.standardized()
+    assert weight.mean((1, 2, 3)).abs().max() < 1e-6
+    torch.testing.assert_close(weight.pow(2).sum((1, 2, 3)), torch.ones(32), rtol=0.05, atol=0)
+    unit(spikes(2, 2, 16, 4, 4))[0].sum().backward()
+    assert unit.synapse.gain.grad is not None
+    torch.testing.assert_close(
+        apply_weight(unit.synapse, spikes(1, 2, 16, 4, 4))[0], unit.synapse(spikes(2, 16, 4, 4)), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("norm", ["step_bn", "none", "ws"])
+def test_pieces_equal_the_whole_bit_for_bit(norm):
+    torch.manual_seed(1)
+    unit = SpikingConv2d(3, 16, norm=norm, neuron={"name": "lif", "tau": 4.0, "v_threshold": 0.5}, pool="max")
+    x = torch.randn(6, 3, 3, 8, 8)
+    whole, v_T = unit(x)
+    pieces, v = [], None
+    for t in range(6):
+        s, v = unit(x[t : t + 1], v)
+        pieces.append(s)
+    assert 0.05 < whole.mean() < 0.95
+    assert torch.equal(torch.cat(pieces), whole)
+    assert torch.equal(v, v_T)
+
+
+def test_chunked_rows_give_the_same_spikes():
+    torch.manual_seed(1)
+    whole, cut = SpikingConv2d(4, 16), SpikingConv2d(4, 16, chunk=8)
+    cut.load_state_dict(whole.state_dict())
+    x = spikes(3, 20, 4, 8, 8).requires_grad_()
+    a, b = whole(x)[0], cut(x)[0]
+    assert torch.equal(a, b)
+    for g, h in zip(*(torch.autograd.grad(s.square().sum(), x) for s in (a, b)), strict=True):
+        torch.testing.assert_close(g, h)
+
+
+@pytest.mark.parametrize("norm", ["bn", "step_bn", "none"])
+def test_repeated_step_is_computed_once_and_equals_its_copy(norm):
+    torch.manual_seed(1)
+    units = [loud(SpikingConv2d(3, 8, norm=norm)) for _ in range(2)]
+    units[1].load_state_dict(units[0].state_dict())
+    image = (torch.randint(0, 16, (4, 3, 8, 8)) / 16).double()
+    results = []
+    for unit, copy in zip(units, (False, True), strict=True):
+        unit.double()
+        x = image.clone().requires_grad_()
+        sequence = repeat(x, timesteps=5)
+        out, v = unit(sequence.contiguous() if copy else sequence)
+        gradients = torch.autograd.grad(
+            (out * torch.arange(5.0)[:, None, None, None, None]).sum(), [x, *unit.parameters()]
+        )
+        results.append((out, v, *gradients, *unit.buffers()))
+    assert 0.05 < results[0][0].mean() < 0.95
+    assert torch.equal(results[0][0], results[1][0])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("norm", "per_step"), [("bn", False), ("step_bn", True)])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_are_those_of_torch(norm, per_step, momentum):
+    ours = create_norm(norm, 5, momentum=momentum)
+    theirs = nn.BatchNorm2d(5, momentum=momentum)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        z = torch.randn(4, 3, 5, 6, 6) * 3 + 1
+        ours(z)
+        for piece in z if per_step else [z.flatten(0, 1)]:
+            theirs(piece)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+    ours.eval(), theirs.eval()
+    torch.testing.assert_close(ours(z), theirs(z.flatten(0, 1)).unflatten(0, (4, 3)), rtol=1e-5, atol=1e-5)
+
+
+def test_frozen_statistics_stay():
+    norm = create_norm("bn", 3)
+    with frozen_statistics():
+        a = norm(torch.randn(2, 4, 3))
+    assert int(norm.num_batches_tracked) == 0
+    assert abs(float(a.mean())) < 1e-6
+    norm(torch.randn(2, 4, 3))
+    assert int(norm.num_batches_tracked) == 1
+
+
+def test_norm_names():
+    assert [getattr(create_norm(n, 4), "time_scope", None) for n in NORMS] == [
+        "sequence",
+        "sequence",
+        "step",
+        None,
+        None,
+    ]
+    assert float(create_norm("tdbn", 4, v_threshold=0.5).weight[0]) == 0.5
+    with pytest.raises(OptionError, match="Did you mean step_bn"):
+        create_norm("stepbn", 4)
+    with pytest.raises(OptionError, match="takes no options"):
+        create_norm("none", 4, eps=1.0)
+
+
+def test_convolution_over_time():
+    torch.manual_seed(1)
+    unit = SpikingConv1d(3, 8, 8, padding=4, over="time", neuron=IF())
+    x = torch.randn(16, 5, 3)
+    out, v = unit(x)
+    assert (out.shape, v.shape, unit.consumes_time) == ((17, 5, 8), (5, 8), True)
+    z = F.conv1d(x.permute(1, 2, 0), unit.synapse.weight, padding=4).permute(2, 0, 1)
+    wanted, _ = IF(backend="reference")(
+        F.batch_norm(z.flatten(0, 1), None, None, training=True).unflatten(0, z.shape[:2])
+    )
+    assert (out != wanted).float().mean() < 1e-3
+
+
+def test_residual_block_adds_the_shortcut_to_the_current():
+    torch.manual_seed(1)
+    for block in (ResidualBlock(4, 4), ResidualBlock(4, 8, stride=2)):
+        block = block.double()
+        x = spikes(3, 2, 4, 8, 8).double()
+        out, (v_1, v_2) = block(x)
+        y, _ = block.first(x)
+        short = (
+            x if block.short is None else F.batch_norm(block.short.synapse(x.flatten(0, 1)), None, None, training=True)
+        )
+        z = F.batch_norm(block.second.synapse(y.flatten(0, 1)), None, None, training=True) + short.view(
+            -1, *out.shape[2:]
+        )
+        wanted, _ = LIF(backend="reference")(z.unflatten(0, (3, 2)))
+        assert torch.equal(out, wanted)
+        assert v_1.shape == v_2.shape == out.shape[1:]
+        state, shape = block.init_state(2, (4, 8, 8))
+        assert [tuple(s.shape) for s in state] == [tuple(v_1.shape), tuple(v_2.shape)]
+        assert shape == out.shape[2:]
+
+
+def test_layers_without_a_neuron():
+    x = torch.arange(24.0).view(2, 1, 3, 2, 2)
+    assert torch.equal(Flatten()(x)[0], x.view(2, 1, 12))
+    assert torch.equal(GlobalAveragePool()(x)[0], x.mean((3, 4)))
+    sequence = torch.arange(12.0).view(6, 1, 2)
+    assert torch.equal(AveragePoolTime(2)(sequence)[0][:, 0, 0], torch.tensor([1.0, 5.0, 9.0]))
+    assert torch.equal(FlattenTime()(sequence)[0][0, 0], torch.cat([sequence[:, 0, 0], sequence[:, 0, 1]]))
+    dropout = Dropout(0.5)
+    assert set(dropout(torch.ones(4, 5, 6))[0].unique().tolist()) == {0.0, 2.0}
+    assert torch.equal(dropout.eval()(sequence)[0], sequence)
+    head = Readout(2, 3, tau=2.0)
+    logits, v = head(sequence)
+    z = head.linear(sequence)
+    torch.testing.assert_close(logits[1], 0.5 * z[0] + z[1])
+    assert torch.equal(logits[-1], v)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_autocast_keeps_the_kernel_and_trains(dtype):
+    unit = SpikingConv2d(3, 8, pool="max", neuron={"name": "lif", "backend": "numba"})
+    x = torch.rand(4, 2, 3, 8, 8)
+    with torch.autocast("cpu", dtype=dtype):
+        out, v = unit(x)
+    assert (out.dtype, v.dtype) == (dtype, torch.float32)
+    assert 0.02 < out.float().mean() < 0.98
+    out.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in unit.parameters())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: SpikingConv2d(3, 8)(torch.rand(2, 3, 8, 8)), ShapeError, r"\[T, B, 3, H, W\].*encoding.repeat"),
+        (lambda: SpikingConv2d(3, 8)(torch.rand(2, 2, 4, 8, 8)), ShapeError, r"\[T, B, 3, H, W\]"),
+        (lambda: SpikingConv2d(3, 8)(torch.rand(0, 2, 3, 8, 8)), ShapeError, "T = 0"),
+        (lambda: SpikingConv2d(3, 8)(torch.ones(2, 2, 3, 8, 8, dtype=torch.uint8)), ShapeError, "floating point"),
+        (lambda: SpikingLinear(3, 8)(torch.rand(4, 3)), ShapeError, r"\[T, B, C, ...\]"),
+        (lambda: SpikingLinear(3, 8)(torch.rand(4, 2, 5)), ShapeError, r"\[T, B, 3\]"),
+        (lambda: SpikingConv2d(3, 8)(torch.rand(2, 2, 3, 8, 8), torch.zeros(1, 8, 8, 8)), StateError, "membrane"),
+        (lambda: SpikingConv2d(3, 8, pool="mean"), OptionError, "pool must be None, 'max' or 'avg'"),
+        (lambda: SpikingConv2d(3, 8, chunk=0), OptionError, "chunk must be at least 1"),
+        (lambda: SpikingConv1d(3, 8, over="depth"), OptionError, "'space' or 'time'"),
+        (lambda: SpikingConv1d(3, 8, over="time", pool="avg"), OptionError, "AveragePoolTime"),
+        (lambda: Dropout(1.0), OptionError, r"\[0, 1\)"),
+        (lambda: Readout(3, 0), OptionError, "num_classes must be at least 1"),
+        (
+            lambda: SpikingUnit(nn.Conv2d(3, 8, 3, padding="same"), None, None)(torch.rand(1, 1, 3, 8, 8)),
+            OptionError,
+            "numeric",
+        ),
+    ],
+)
+def test_refuses(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
