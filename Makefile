@@ -17,7 +17,7 @@ demo: $(STAMP)
 	$(BIN)/spikefit compare recipes/demo.toml strategies=bptt,checkpoint --out runs/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_OPTIONS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -44,7 +44,9 @@ class Equation:
     ) -> "Equation":
         """Build from the options of the public door; see `spikefit.ops.lif.lif` for their meaning."""
         if not reset and v_reset is not None:
-            raise OptionError(f"lif: reset=False never resets, so v_reset={v_reset} has no effect; drop one of the two.")
+            raise OptionError(
+                f"lif: reset=False never resets, so v_reset={v_reset} has no effect; drop one of the two."
+            )
         for name, value in (("v_reset", v_reset), ("v_rest", v_rest)):
             if value is not None and not math.isfinite(value):
                 raise OptionError(f"lif: {name} must be a finite number or None, got {value}.")

@@ -131,7 +131,9 @@ def lif_backward(
     v_0 = _checked_state("lif_backward", x, v_0)
     for name, tensor in (("g", g), ("spikes", spikes)):
         if tensor is not None and tensor.shape != x.shape:
-            raise ShapeError(f"lif_backward: {name} must have the shape of x, {tuple(x.shape)}, got {tuple(tensor.shape)}.")
+            raise ShapeError(
+                f"lif_backward: {name} must have the shape of x, {tuple(x.shape)}, got {tuple(tensor.shape)}."
+            )
     q = torch.zeros_like(v_0) if q is None else q
     constants, learned = _coefficients(leak, gain, v_threshold, v_0)
     chosen = _choose(x, equation, backend)
@@ -175,7 +177,9 @@ def _coefficients(
     tensors = [c for c in given if isinstance(c, Tensor)]
     for c in tensors:
         if c.ndim != 0:
-            raise ShapeError(f"lif: leak, gain and v_threshold are numbers or 0-d tensors, got a tensor {tuple(c.shape)}.")
+            raise ShapeError(
+                f"lif: leak, gain and v_threshold are numbers or 0-d tensors, got a tensor {tuple(c.shape)}."
+            )
     if not tensors:
         check_coefficients(*given)  # type: ignore[arg-type]
         return given, None  # type: ignore[return-value]
