@@ -1,0 +1,6 @@
+"""Reporting: tables, the self-contained HTML report, and the verbs `compare` and `study`."""
+
+from spikefit.reporting.report import write_report
+from spikefit.reporting.table import table, table_text
+
+__all__ = ["table", "table_text", "write_report"]
