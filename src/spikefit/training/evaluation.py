@@ -1,0 +1,198 @@
+"""Evaluation and prediction with trained weights."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from spikefit.data import Dataset, batches
+from spikefit.encoding import Encoding
+from spikefit.errors import CheckpointError, DataError
+from spikefit.losses.losses import UNLABELLED, Loss
+from spikefit.neurons.lif import SpikingNeuron
+from spikefit.ops.dispatch import use_backend
+from spikefit.training.build import build_encoding, build_loss, build_model, derive_seed, load_split
+from spikefit.training.checkpoint import Checkpoint, fill_model, load_checkpoint
+from spikefit.training.recipe import Recipe, load_recipe
+
+
+class Prediction(NamedTuple):
+    """Answers for a batch: class index [B] int64, probabilities [B, K], and the names of the classes."""
+
+    classes: Tensor
+    probabilities: Tensor
+    names: list[str]
+
+
+def evaluate(
+    checkpoint: str | Path, recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, split: str = "test"
+) -> dict[str, Any]:
+    """Accuracy, loss and spike rates of trained weights on a split.
+
+    Args:
+        checkpoint: a checkpoint, or the folder that `train(out=...)` wrote, which means its newest.
+        recipe: another recipe for the same model (other data, precision, ...); None takes the one trained with.
+        split: "test" or "train".
+
+    Returns:
+        {"accuracy" (share), "loss", "spike_rate", "spike_rates" (layer -> share per step), "samples", "split",
+        "checkpoint"}; with averaged weights if the run kept any.
+
+    Raises:
+        CheckpointError: damaged, none there, or of another model.
+        DataError, RecipeError: the data cannot be read.
+
+    Example:
+        spikefit.evaluate("runs/demo")["accuracy"]
+    """
+    found = _open(checkpoint)
+    chosen = load_recipe(recipe if recipe is not None else found.state["recipe"])
+    dataset = load_split(chosen, split)
+    fabric, model = _restored(found, chosen, dataset)
+    with use_backend(chosen.backend):
+        result = measure(
+            model, dataset, fabric, build_encoding(chosen), build_loss(chosen), chosen.data.batch_size, chosen.seed
+        )
+    return {**result, "split": split, "checkpoint": str(found.path)}
+
+
+def predict(
+    checkpoint: str | Path, inputs: Any, recipe: str | Path | Mapping[str, Any] | Recipe | None = None
+) -> Prediction:
+    """Classes and probabilities of samples, softmax of the logits averaged over time.
+
+    Args:
+        checkpoint: as in `evaluate`.
+        inputs: samples as the batches of the data set have them: images [B, C, H, W] scaled and normalised alike,
+            sequences [B, T, C], or a list of event arrays.
+        recipe: as in `evaluate`; its encoding makes sequences of the samples.
+
+    Raises:
+        CheckpointError: as in `evaluate`.
+        ShapeError: samples of another shape than the model was trained with.
+        DataError: no sample.
+    """
+    found = _open(checkpoint)
+    chosen = load_recipe(recipe if recipe is not None else found.state["recipe"])
+    fabric, model = _restored(found, chosen, None)
+    if isinstance(inputs, np.ndarray) and inputs.dtype.names is None:
+        inputs = torch.from_numpy(inputs)
+    if isinstance(inputs, Tensor):
+        inputs = inputs.float() if not inputs.is_floating_point() else inputs
+    if len(inputs) == 0:
+        raise DataError("predict: expected at least one sample, got none.")
+    encoding, size, parts = build_encoding(chosen), chosen.data.batch_size, []
+    with use_backend(chosen.backend), torch.no_grad(), fabric.autocast():
+        for index, start in enumerate(range(0, len(inputs), size)):
+            x = to_sequence(encoding, inputs[start : start + size], fabric, derive_seed(chosen.seed, "encode", index))
+            parts.append(model(x).float().mean(0).softmax(-1).cpu())
+    probabilities = torch.cat(parts)
+    return Prediction(probabilities.argmax(-1), probabilities, list(found.state["classes"]))
+
+
+def to_sequence(encoding: Encoding, inputs: Any, fabric: Fabric, seed: int) -> Tensor:
+    """Encode samples into [T, B, ...] on the device of `fabric`; all randomness comes from `seed`."""
+    # moved before encoding: a repeated sequence then stays a view of one step
+    inputs = inputs.to(fabric.device) if isinstance(inputs, Tensor) else inputs
+    sequence = encoding(inputs, torch.Generator().manual_seed(seed)).to(fabric.device)
+    return fabric.strategy.precision.convert_input(sequence)
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module, dataset: Dataset, fabric: Fabric, encoding: Encoding, loss: Loss, batch_size: int, seed: int
+) -> dict[str, Any]:
+    """Accuracy, loss and spike rates of `model` in evaluation mode; processes share the batches.
+
+    Labels of single steps are compared step by step, labels of samples with the mean over time; -1 counts nowhere.
+    """
+    was_training = model.training
+    model.eval()
+    # loss x labels, correct, labels, samples
+    sums = torch.zeros(4, dtype=torch.float64)
+    with _spike_rates(model) as rates, fabric.autocast():
+        for index, inputs, targets in batches(dataset, batch_size):
+            if index % fabric.world_size != fabric.global_rank:
+                continue
+            logits = model(to_sequence(encoding, inputs, fabric, derive_seed(seed, "encode", index))).float()
+            targets = time_first(targets).to(fabric.device)
+            answers = logits.argmax(-1) if targets.ndim == 2 else logits.mean(0).argmax(-1)
+            labelled = targets != UNLABELLED
+            count = int(labelled.sum())
+            if count:
+                correct = int((answers == targets)[labelled].sum())
+                sums += torch.tensor([float(loss(logits, targets)) * count, correct, count, 0.0], dtype=torch.float64)
+            sums[3] += len(inputs)
+    model.train(was_training)
+    names = list(rates)
+    values = torch.stack([rates[n] for n in names]).cpu() if names else torch.zeros(0)
+    if fabric.world_size > 1:
+        sums = _summed(fabric, sums)
+        values = _summed(fabric, values)
+    samples, labels = int(sums[3]), max(1.0, float(sums[2]))
+    per_layer = {name: float(v) / samples for name, v in zip(names, values, strict=True)}
+    return {
+        "accuracy": float(sums[1]) / labels,
+        "loss": float(sums[0]) / labels,
+        "spike_rate": sum(per_layer.values()) / len(per_layer) if per_layer else None,
+        "spike_rates": per_layer,
+        "samples": samples,
+    }
+
+
+def time_first(targets: Tensor) -> Tensor:
+    """Labels of every step come as [B, T] from the data and go as [T, B] to losses."""
+    return targets.T if targets.ndim == 2 else targets
+
+
+@contextmanager
+def _spike_rates(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Collect layer -> sum over samples of the mean spike rate, while the block runs."""
+    rates: dict[str, Tensor] = {}
+    handles = []
+
+    def collect(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            spikes = output[0]
+            rates[name] = rates.get(name, 0.0) + spikes.mean(dtype=torch.float32).double() * spikes.shape[1]
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, SpikingNeuron):
+            layer = name.removesuffix(".neuron")
+            rates[layer] = torch.zeros((), dtype=torch.float64)
+            handles.append(module.register_forward_hook(collect(layer)))
+    try:
+        yield rates
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _summed(fabric: Fabric, values: Tensor) -> Tensor:
+    reduced = fabric.all_reduce(values.to(fabric.device), reduce_op="sum")
+    assert isinstance(reduced, Tensor)
+    return reduced.cpu()
+
+
+def _open(checkpoint: str | Path) -> Checkpoint:
+    if Path(checkpoint).suffix == ".toml":
+        raise CheckpointError(
+            f"checkpoint {checkpoint}: a recipe has no weights; give the folder that train(out=...) wrote."
+        )
+    return load_checkpoint(checkpoint)
+
+
+def _restored(found: Checkpoint, recipe: Recipe, dataset: Dataset | None) -> tuple[Fabric, nn.Module]:
+    """A model of `recipe` with the weights of `found`, ready on its device."""
+    fabric = Fabric(accelerator=recipe.train.accelerator, devices=1, precision=recipe.train.precision)  # type: ignore[arg-type]
+    model = build_model(recipe, dataset)
+    fill_model(model, found.tensors.get("ema", found.tensors["model"]), found.path)
+    model = fabric.strategy.precision.convert_module(model)
+    return fabric, fabric.to_device(model).eval()

@@ -1,0 +1,154 @@
+"""The key=value grammar of the command line: which key of the recipe a word means, and how its value is read."""
+
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from spikefit.data import DATASETS
+from spikefit.encoding import ENCODINGS
+from spikefit.errors import RecipeError
+from spikefit.losses import LOSSES
+from spikefit.models import MODELS
+from spikefit.neurons import NEURONS
+from spikefit.neurons.table import neuron_options
+from spikefit.training.options import annotations, unknown_key
+from spikefit.training.recipe import Recipe, data_options
+
+# Short forms that are no key of any section, or one of several.
+ALIASES = {
+    "batch": "data.batch_size",
+    "timesteps": "encoding.timesteps",
+    "image": "model.input_shape",
+    "shape": "model.input_shape",
+    "classes": "model.num_classes",
+}
+NAMED = tuple(s for s in Recipe.SECTIONS if s != "train")
+
+
+def apply_changes(recipe: Recipe, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of `recipe` with `changes` made, as a dictionary that `load_recipe` checks.
+
+    Raises:
+        RecipeError: a key that no section knows.
+    """
+    values = recipe.to_dict()
+    rest: dict[str, Any] = {}
+    for key, value in changes.items():
+        section, _, field = (f"{key}.name" if key in NAMED else key).partition(".")
+        if field == "name" and section in NAMED:
+            _rename(values, section, str(value))
+        else:
+            rest[key] = value
+    for key, value in rest.items():
+        section, field = locate(key, values)
+        read = _read(value, _annotation(section, field, values))
+        if section:
+            values[section] = {**values[section], field: read}
+        else:
+            values[field] = read
+    return values
+
+
+def locate(key: str, values: Mapping[str, Any]) -> tuple[str, str]:
+    """(section, key in it) of a dotted or flat `key`; the section is "" for keys outside of all.
+
+    Raises:
+        RecipeError: nobody knows `key`.
+    """
+    dotted = ALIASES.get(key, key)
+    section, dot, field = dotted.partition(".")
+    if dot and section in Recipe.SECTIONS and field:
+        return section, field
+    known = known_keys(values)
+    if dotted in known:
+        return known[dotted], dotted
+    raise RecipeError(f"recipe: {unknown_key(key, sorted({*known, *ALIASES, *NAMED}))}")
+
+
+def known_keys(values: Mapping[str, Any]) -> dict[str, str]:
+    """Flat key -> its section, for a recipe with these values; of equal keys the declared one counts, then the model's."""
+    found: dict[str, str] = {}
+    for section in ("loss", "encoding", "data", "model"):
+        found |= dict.fromkeys(_options_of(section, values[section].get("name")), section)
+    for section in Recipe.SECTIONS:
+        found |= {field: section for field in _fields(section) if field != "name"}
+    found |= {field: "" for field in Recipe.model_fields if field not in Recipe.SECTIONS}
+    return found
+
+
+def _rename(values: dict[str, Any], section: str, name: str) -> None:
+    """Give `section` another name; what the new thing does not take is dropped, so that it need not be unset by hand."""
+    taken = set(_options_of(section, name)) | {"batch_size", "drop_last", "root"}
+    if section == "model" and ":" in name:
+        taken = set()
+    # the shape and statistics of a data set belong to it alone
+    if section == "data" and name != values["data"].get("name"):
+        taken -= {"mean", "std"}
+        values["model"] = {k: v for k, v in values["model"].items() if k not in ("num_classes", "input_shape")}
+    values[section] = {"name": name, **{k: v for k, v in values[section].items() if k in taken}}
+
+
+def _options_of(section: str, name: str | None) -> dict[str, Any]:
+    """Option -> type of what the section names; nothing where the name is unknown, which the recipe then reports."""
+    if section == "neuron" and name in NEURONS:
+        return dict.fromkeys(neuron_options(NEURONS[name]), Any)
+    if section == "data":
+        return data_options(name) if name in DATASETS else {}
+    tables: dict[str, Mapping[str, Callable[..., Any]]] = {
+        "model": {k: kind.make for k, kind in MODELS.items()},
+        "encoding": ENCODINGS,
+        "loss": LOSSES,
+    }
+    make = tables.get(section, {}).get(name or "")
+    return {} if make is None else {k: v for k, v in annotations(make).items() if k not in NAMED}
+
+
+def _fields(section: str) -> dict[str, FieldInfo]:
+    return Recipe.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+
+
+def _annotation(section: str, field: str, values: Mapping[str, Any]) -> Any:
+    fields = _fields(section) if section else Recipe.model_fields
+    if field in fields:
+        return fields[field].annotation
+    return _options_of(section, values[section].get("name")).get(field, Any)
+
+
+def _read(value: Any, annotation: Any) -> Any:
+    """A Python value of a text; texts stay texts where the key takes nothing else."""
+    if not isinstance(value, str):
+        return value
+    kinds = {annotation}
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        kinds = set(typing.get_args(annotation))
+    kinds -= {type(None)}
+    if kinds == {str}:
+        return value
+    if {typing.get_origin(kind) for kind in kinds} <= {list, tuple}:
+        return _list(value)
+    return _scalar(value)
+
+
+def _list(text: str) -> Any:
+    """3x32x32, [32, 64], 32,64 or a single entry."""
+    text = text.strip()
+    if re.fullmatch(r"\d+(x\d+)+", text):
+        return [int(side) for side in text.split("x")]
+    return [_scalar(entry) for entry in text.removeprefix("[").removesuffix("]").split(",") if entry.strip()]
+
+
+def _scalar(text: str) -> Any:
+    text = text.strip()
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        return text
