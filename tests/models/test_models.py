@@ -36,7 +36,7 @@ def rates(model, x):
     from spikefit.neurons import SpikingNeuron
 
     hooks = [
-        m.register_forward_hook(lambda m, i, o: found.append(float(o[0].float().mean())))
+        m.register_forward_hook(lambda m, i, o: found.append(float(o[0].detach().float().mean())))
         for m in model.modules()
         if isinstance(m, SpikingNeuron)
     ]

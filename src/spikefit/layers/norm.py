@@ -92,7 +92,7 @@ class BatchNorm(nn.Module):
         """Move the running statistics once per row of the moments."""
         rows = moments.mean.shape[0]
         # a repeated step counts T times in one sequence, but is T batches of its own in per-step statistics
-        count, times = (moments.count, repeats) if self.time_scope == "step" else (moments.count * repeats, 1)
+        count, times = (moments.elements, repeats) if self.time_scope == "step" else (moments.elements * repeats, 1)
         unbiased = moments.var * (count / max(count - 1, 1))
         for row in range(rows):
             for _ in range(times):

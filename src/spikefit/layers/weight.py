@@ -33,7 +33,6 @@ def apply_weight(module: Weight, x: Tensor, *, chunk: int | None = None) -> Tens
     Raises:
         ShapeError: another rank or number of channels than the module expects.
     """
-    convolution = isinstance(module, nn.Conv1d | nn.Conv2d)
     _check(module, x)
     weight, bias = module.weight, module.bias
     if isinstance(module, StandardizedConv2d | StandardizedLinear):
@@ -43,10 +42,10 @@ def apply_weight(module: Weight, x: Tensor, *, chunk: int | None = None) -> Tens
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     geometry = None
-    if convolution:
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
         if module.padding_mode != "zeros" or isinstance(module.padding, str):
             raise OptionError(f"apply_weight: give {type(module).__name__} a numeric zero padding.")
-        stride = module.stride
+        stride: tuple[int, ...] = module.stride
         if set(module.kernel_size) == {1} and set(module.padding) == {0} and max(stride) > 1:
             # oneDNN writes out of bounds in the weight gradient of strided 1x1 convolutions (seen in torch 2.13 on CPU)
             x, stride = x[(..., *(slice(None, None, s) for s in stride))], (1,) * len(stride)

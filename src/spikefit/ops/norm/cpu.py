@@ -28,7 +28,7 @@ def affine(z_TMCS: Tensor, scale_RC: Tensor, shift_RC: Tensor, out_TMCS: Tensor)
 
 
 def gradient_sums(g_TMCS: Tensor, z_TMCS: Tensor) -> tuple[Tensor, Tensor]:
-    T, M, C, _ = z_TMCS.shape
+    _, M, C, _ = z_TMCS.shape
     first, second = [], []
     _use_torch_threads()
     squares = g_TMCS is z_TMCS

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from spikefit.errors import ShapeError
 from spikefit.ops import dispatch
@@ -14,12 +13,12 @@ from spikefit.ops.norm import reference
 class Moments(NamedTuple):
     """Mean and biased variance, [T, C] (one row per step) or [1, C] (over the sequence), float32 or float64.
 
-    `count` is the number of elements behind each entry.
+    `elements` is the number of values behind each entry.
     """
 
     mean: Tensor
     var: Tensor
-    count: int
+    elements: int
 
 
 def channel_norm(
@@ -55,8 +54,9 @@ def channel_norm(
     Source: Ioffe, Szegedy 2015, arXiv:1502.03167.
     """
     _check(z, weight)
-    x, mean, var = _ChannelNorm.apply(z, weight, bias, eps, per_step, _choose(z, backend))
-    return x, Moments(mean, var, z.numel() // z.shape[2] // mean.shape[0])
+    x, mean, var = _channel_norm(z, weight, bias, eps, per_step, _choose(z, backend))
+    compute = _compute(z)
+    return x, Moments(mean.detach().to(compute), var.detach().to(compute), z.numel() // mean.numel())
 
 
 def affine(z: Tensor, scale: Tensor, shift: Tensor, *, backend: dispatch.Backend = "auto") -> Tensor:
@@ -71,7 +71,7 @@ def affine(z: Tensor, scale: Tensor, shift: Tensor, *, backend: dispatch.Backend
         ShapeError: not [T, B, C, ...], or another number of channels than `scale`.
     """
     _check(z, scale)
-    return _Affine.apply(z, scale.view(-1, z.shape[2]), shift.view(-1, z.shape[2]), _choose(z, backend))  # type: ignore[no-any-return]
+    return _affine(z, scale.view(-1, z.shape[2]), shift.view(-1, z.shape[2]), _choose(z, backend))
 
 
 def _check(z: Tensor, weight: Tensor) -> None:
@@ -116,76 +116,118 @@ def _like(out_TMCS: Tensor, z: Tensor) -> Tensor:
     return out_TMCS.view(z.shape)
 
 
-class _ChannelNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z, weight, bias, eps: float, per_step: bool, backend: str):  # type: ignore[override]
-        kernels, rows = _kernels(backend), _view(z)
-        total, squares = kernels.sums(rows)
-        if not per_step:
-            total, squares = total.sum(0, keepdim=True), squares.sum(0, keepdim=True)
-        count = z.numel() // z.shape[2] // total.shape[0]
-        mean = total / count
-        var = (squares / count - mean * mean).clamp(min=0)
-        inverse = torch.rsqrt(var + eps)
-        scale = weight.double() * inverse
-        compute = _compute(z)
-        out = torch.empty_like(rows)
-        kernels.affine(rows, scale.to(compute), (bias.double() - mean * scale).to(compute), out)
-        ctx.save_for_backward(z, weight, mean, inverse)
-        ctx.backend, ctx.count = backend, count
-        mean, var = mean.to(compute), var.to(compute)
-        ctx.mark_non_differentiable(mean, var)
-        return _like(out, z), mean, var
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g, _mean, _var):  # type: ignore[override]
-        z, weight, mean, inverse = ctx.saved_tensors
-        kernels, rows = _kernels(ctx.backend), _view(z)
-        g_rows = _in_order_of(g, z)
-        sum_g, sum_gz = kernels.gradient_sums(g_rows, rows)
-        if mean.shape[0] == 1:
-            sum_g, sum_gz = sum_g.sum(0, keepdim=True), sum_gz.sum(0, keepdim=True)
-        d_bias, d_weight = sum_g, (sum_gz - mean * sum_g) * inverse
-        compute, a = _compute(z), weight.double() * inverse
-        b = -a * inverse * d_weight / ctx.count
-        c = -a * d_bias / ctx.count - b * mean
-        dz = None
-        if ctx.needs_input_grad[0]:
-            out = torch.empty_like(rows)
-            kernels.combine(g_rows, rows, a.to(compute), b.to(compute), c.to(compute), out)
-            dz = _like(out, z)
-        return dz, d_weight.sum(0).to(weight.dtype), d_bias.sum(0).to(weight.dtype), None, None, None
+def _empty(z: Tensor) -> Tensor:
+    """An output in the shape and, for contiguous and channels-last steps, the memory order of `z`."""
+    if z.ndim > 3 and z.movedim(2, -1).is_contiguous():
+        return torch.empty_like(z.movedim(2, -1), memory_format=torch.contiguous_format).movedim(-1, 2)
+    return torch.empty_like(z, memory_format=torch.contiguous_format)
 
 
-class _Affine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z, scale_RC, shift_RC, backend: str):  # type: ignore[override]
-        rows, compute = _view(z), _compute(z)
-        out = torch.empty_like(rows)
-        _kernels(backend).affine(rows, scale_RC.to(compute), shift_RC.to(compute), out)
-        ctx.save_for_backward(z if ctx.needs_input_grad[1] else z.new_empty(0), scale_RC)
-        ctx.backend = backend
-        return _like(out, z)
+@torch.library.custom_op("spikefit::channel_norm", mutates_args=())
+def _channel_norm(
+    z: Tensor, weight: Tensor, bias: Tensor, eps: float, per_step: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, mean, var); the moments are float64, [T, C] or [1, C]."""
+    kernels, rows, compute = _kernels(backend), _view(z), _compute(z)
+    total, squares = kernels.sums(rows)
+    if not per_step:
+        total, squares = total.sum(0, keepdim=True), squares.sum(0, keepdim=True)
+    count = z.numel() // total.numel()
+    mean = total / count
+    var = (squares / count - mean * mean).clamp(min=0)
+    scale = weight.double() * torch.rsqrt(var + eps)
+    out = torch.empty_like(rows)
+    kernels.affine(rows, scale.to(compute), (bias.double() - mean * scale).to(compute), out)
+    return _like(out, z), mean, var
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):  # type: ignore[override]
-        z, scale_RC = ctx.saved_tensors
-        kernels, compute = _kernels(ctx.backend), _compute(g)
-        g_rows = _in_order_of(g, z) if z.numel() else _view(g)
-        dz = d_scale = d_shift = None
-        if ctx.needs_input_grad[0]:
-            out = torch.empty_like(g_rows)
-            kernels.affine(g_rows, scale_RC.to(compute), torch.zeros_like(scale_RC, dtype=compute), out)
-            dz = _like(out, z if z.numel() else g)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            d_shift, d_scale = kernels.gradient_sums(g_rows, _view(z) if z.numel() else g_rows)
-            if scale_RC.shape[0] == 1:
-                d_shift, d_scale = d_shift.sum(0, keepdim=True), d_scale.sum(0, keepdim=True)
-            d_shift = d_shift.to(scale_RC.dtype)
-            d_scale = d_scale.to(scale_RC.dtype) if z.numel() else None
-        return dz, d_scale, d_shift, None
+
+@_channel_norm.register_fake
+def _(z, weight, bias, eps, per_step, backend):
+    moments = [z.new_empty((z.shape[0] if per_step else 1, z.shape[2]), dtype=torch.float64) for _ in range(2)]
+    return _empty(z), *moments
+
+
+@torch.library.custom_op("spikefit::channel_norm_backward", mutates_args=())
+def _channel_norm_backward(
+    g: Tensor, z: Tensor, weight: Tensor, mean: Tensor, var: Tensor, eps: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dz, dweight, dbias)."""
+    kernels, rows, compute = _kernels(backend), _view(z), _compute(z)
+    g_rows = _in_order_of(g, z)
+    sum_g, sum_gz = kernels.gradient_sums(g_rows, rows)
+    if mean.shape[0] == 1:
+        sum_g, sum_gz = sum_g.sum(0, keepdim=True), sum_gz.sum(0, keepdim=True)
+    count, inverse = z.numel() // mean.numel(), torch.rsqrt(var + eps)
+    d_bias, d_weight = sum_g, (sum_gz - mean * sum_g) * inverse
+    a = weight.double() * inverse
+    b = -a * inverse * d_weight / count
+    c = -a * d_bias / count - b * mean
+    out = torch.empty_like(rows)
+    kernels.combine(g_rows, rows, a.to(compute), b.to(compute), c.to(compute), out)
+    return _like(out, z), d_weight.sum(0).to(weight.dtype), d_bias.sum(0).to(weight.dtype)
+
+
+@_channel_norm_backward.register_fake
+def _(g, z, weight, mean, var, eps, backend):
+    return _empty(z), torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _save_norm(ctx, inputs, output) -> None:
+    z, weight, _, eps, _, backend = inputs
+    ctx.save_for_backward(z, weight, *output[1:])
+    ctx.eps, ctx.backend = eps, backend
+
+
+def _norm_gradient(ctx, g, _mean, _var):
+    dz, d_weight, d_bias = _channel_norm_backward(g, *ctx.saved_tensors, ctx.eps, ctx.backend)
+    return dz, d_weight, d_bias, None, None, None
+
+
+_channel_norm.register_autograd(_norm_gradient, setup_context=_save_norm)
+
+
+@torch.library.custom_op("spikefit::affine", mutates_args=())
+def _affine(z: Tensor, scale_RC: Tensor, shift_RC: Tensor, backend: str) -> Tensor:
+    rows, compute = _view(z), _compute(z)
+    out = torch.empty_like(rows)
+    _kernels(backend).affine(rows, scale_RC.to(compute), shift_RC.to(compute), out)
+    return _like(out, z)
+
+
+@_affine.register_fake
+def _(z, scale_RC, shift_RC, backend):
+    return _empty(z)
+
+
+@torch.library.custom_op("spikefit::affine_backward", mutates_args=())
+def _affine_backward(g: Tensor, z: Tensor, scale_RC: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(dz, dscale, dshift)."""
+    kernels, compute = _kernels(backend), _compute(z)
+    g_rows = _in_order_of(g, z)
+    out = torch.empty_like(g_rows)
+    kernels.affine(g_rows, scale_RC.to(compute), torch.zeros_like(scale_RC, dtype=compute), out)
+    d_shift, d_scale = kernels.gradient_sums(g_rows, _view(z))
+    if scale_RC.shape[0] == 1:
+        d_shift, d_scale = d_shift.sum(0, keepdim=True), d_scale.sum(0, keepdim=True)
+    return _like(out, z), d_scale.to(scale_RC.dtype), d_shift.to(scale_RC.dtype)
+
+
+@_affine_backward.register_fake
+def _(g, z, scale_RC, backend):
+    return _empty(z), torch.empty_like(scale_RC), torch.empty_like(scale_RC)
+
+
+def _save_affine(ctx, inputs, output) -> None:
+    z, scale_RC, _, backend = inputs
+    ctx.save_for_backward(z, scale_RC)
+    ctx.backend = backend
+
+
+def _affine_gradient(ctx, g):
+    return *_affine_backward(g, *ctx.saved_tensors, ctx.backend), None
+
+
+_affine.register_autograd(_affine_gradient, setup_context=_save_affine)
 
 
 def _in_order_of(g: Tensor, z: Tensor) -> Tensor:

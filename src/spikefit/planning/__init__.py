@@ -1,0 +1,3 @@
+"""Planning: the one harness for bytes, operations, energy and rates."""
+
+

@@ -1,0 +1,279 @@
+"""Bytes of a training step: what is held between forward and backward, and the peak, both without allocating.
+
+The step runs on fake tensors (shapes without memory), so a network that does not fit this machine can be measured too.
+"""
+
+import contextlib
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from spikefit.errors import SpikefitError
+from spikefit.layers import BatchNorm, Readout, SpikingUnit
+from spikefit.neurons import LeakyReadout, SpikingNeuron
+from spikefit.planning.target import LossFunction, mean_cross_entropy
+
+# What live tensors do not show: buffers inside oneDNN, rounding to pages, compiled kernels. Chosen so that the measured
+# peak of the networks in tests/planning lies below the prediction.
+MARGIN, CONSTANT = 0.03, 3 << 20
+# A matrix product packs its operands piece by piece, never more than this at a time.
+PACKED_BYTES = 4 << 20
+
+# Kept bytes by what keeps them; "segment" is the input of a checkpointed run of units.
+CATEGORIES = ("weight input", "norm input", "neuron input", "pool", "segment", "other")
+
+
+@dataclass
+class SavedBytes:
+    """Bytes held between forward and backward, each storage once, parameters left out.
+
+    Attributes:
+        layers: layer name -> category -> bytes, in the order of first use.
+    """
+
+    layers: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """All bytes held."""
+        return sum(sum(row.values()) for row in self.layers.values())
+
+    def categories(self) -> dict[str, int]:
+        """Bytes by category, over all layers."""
+        total: dict[str, int] = defaultdict(int)
+        for row in self.layers.values():
+            for category, count in row.items():
+                total[category] += count
+        return dict(total)
+
+
+class _Watch:
+    """Knows which layer is running, from forward hooks, and notes what autograd saves in it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.saved = SavedBytes()
+        self.stack: list[tuple[str, nn.Module]] = []
+        self.fired: set[str] = set()
+        self.seen: set[int] = set()
+        self.keep: list[Any] = []
+        self.parameters = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
+        self.handles = []
+        for name, module in model.named_modules():
+            self.handles.append(module.register_forward_pre_hook(self._enter(name)))
+            self.handles.append(module.register_forward_hook(self._leave, always_call=True))
+
+    def _enter(self, name: str):
+        def enter(module, inputs):
+            self.stack.append((name, module))
+
+        return enter
+
+    def _leave(self, module, inputs, output):
+        name, _ = self.stack.pop()
+        if isinstance(module, SpikingNeuron):
+            self.fired.add(name.rpartition(".")[0])
+
+    def pack(self, t: Tensor) -> Tensor:
+        key = t.untyped_storage()._cdata
+        if key not in self.seen and key not in self.parameters:
+            self.seen.add(key)
+            self.keep.append(t)
+            layer, category = self._place()
+            row = self.saved.layers.setdefault(layer, {})
+            row[category] = row.get(category, 0) + t.untyped_storage().nbytes()
+        return t
+
+    def _place(self) -> tuple[str, str]:
+        """(layer, category) of what is saved now."""
+        for name, module in reversed(self.stack):
+            if isinstance(module, BatchNorm):
+                return _parent(name, self.stack), "norm input"
+            if isinstance(module, SpikingNeuron | LeakyReadout):
+                return _parent(name, self.stack), "neuron input"
+            if isinstance(module, SpikingUnit):
+                return name, "pool" if name in self.fired else "weight input"
+            if isinstance(module, Readout | nn.Linear | nn.Conv1d | nn.Conv2d):
+                return name, "weight input"
+            if len(self.stack) > 1:
+                return name, "other"
+            break
+        return "(network)", "segment" if self.stack else "other"
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def _parent(name: str, stack: list[tuple[str, nn.Module]]) -> str:
+    """The unit that owns a norm or neuron; the part itself if it stands alone."""
+    owner = name.rpartition(".")[0]
+    return owner if any(n == owner and isinstance(m, SpikingUnit | Readout) for n, m in stack) else name
+
+
+@contextlib.contextmanager
+def watch_saved(model: nn.Module) -> Iterator[SavedBytes]:
+    """Count what autograd saves while the forward of `model` runs inside the block.
+
+    Example:
+        with watch_saved(model) as saved:
+            loss = criterion(model(x), y)
+        print(saved.total, saved.layers)
+    """
+    watch = _Watch(model)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(watch.pack, lambda t: t):
+            yield watch.saved
+    finally:
+        watch.close()
+        watch.keep.clear()
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of all storages made inside the block that are alive, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: dict[int, weakref.finalize] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in given:
+                self._add(t.untyped_storage())
+        self.peak = max(self.peak, self.now + scratch_bytes(func, args))
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self.known:
+            size = storage.nbytes()
+            self.now += size
+            self.known[key] = weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self.now -= size
+        self.known.pop(key, None)
+
+
+def scratch_bytes(func: Any, args: tuple[Any, ...]) -> int:
+    """Working memory inside an operation that no tensor shows, on CPU.
+
+    oneDNN reorders the weight, and in the weight gradient sums one copy of it per thread; matrix products pack both
+    operands.
+    """
+    name = func._schema.name
+    if name == "aten::convolution":
+        return _bytes(args[1])
+    if name == "aten::convolution_backward":
+        return _bytes(args[2]) * (1 + torch.get_num_threads())
+    if name in ("aten::mm", "aten::addmm"):
+        return min(PACKED_BYTES, _bytes(args[-2]) + _bytes(args[-1]))
+    return 0
+
+
+def _bytes(t: Tensor) -> int:
+    return t.numel() * t.element_size()
+
+
+@dataclass(frozen=True)
+class PredictedBytes:
+    """What `predicted_bytes` returns: the peak above the level before the step, and what is held for backward."""
+
+    peak: int
+    saved: SavedBytes
+
+
+def predicted_bytes(
+    model: nn.Module, x: Tensor, y: Tensor, *, loss: LossFunction = mean_cross_entropy, autocast: bool = False
+) -> PredictedBytes:
+    """Peak and saved bytes of one training step of `model` on `x` and `y`, without allocating them.
+
+    Parameters and buffers are replaced by fake tensors for the time of the call; the real ones are untouched.
+
+    Args:
+        model: any module, in training mode.
+        x: input [T, B, ...]; only shape, strides and dtype matter.
+        y: targets.
+        loss: (logits, targets) -> scalar.
+        autocast: run under bfloat16 autocast.
+
+    Returns:
+        PredictedBytes; the peak counts activations, gradients and working memory, but not weights, buffers and input,
+        which exist before the step.
+
+    Raises:
+        SpikefitError: the model's forward depends on values of tensors, which fake tensors do not have.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=False)
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    try:
+        fake = {key: _fake(mode, t) for key, t in state.items()}
+        fake_x, fake_y = _fake(mode, x), _fake(mode, y)
+        with _swapped(model, fake), mode, _LiveBytes() as live:
+            with watch_saved(model) as saved:
+                with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
+                    value = loss(model(fake_x), fake_y)
+            value.backward()
+            del value
+    except (torch._subclasses.fake_tensor.DataDependentOutputException, RuntimeError) as error:
+        if isinstance(error, SpikefitError):
+            raise
+        raise SpikefitError(
+            f"predict: {type(model).__name__} cannot run on fake tensors, which have shapes but no values "
+            f"({str(error).splitlines()[0]}); remove .item() and the like, or measure a real step."
+        ) from error
+    return PredictedBytes(peak=int((1 + MARGIN) * live.peak) + CONSTANT, saved=saved)
+
+
+def _fake(mode: FakeTensorMode, t: Tensor) -> Tensor:
+    made = mode.from_tensor(t.detach(), static_shapes=True)
+    return made.requires_grad_(t.requires_grad)
+
+
+@contextlib.contextmanager
+def _swapped(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """`model` with its parameters and buffers replaced, shared ones once, for the time of the block."""
+    real: list[tuple[nn.Module, str, Tensor]] = []
+    made: dict[int, Tensor] = {}
+    for prefix, module in model.named_modules():
+        for table in (module._parameters, module._buffers):
+            for name, t in table.items():
+                if t is not None:
+                    key = f"{prefix}.{name}" if prefix else name
+                    replacement = made.setdefault(id(t), tensors[key] if key in tensors else t)
+                    real.append((module, name, t))
+                    table[name] = replacement  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, name, t in real:
+            table = module._parameters if name in module._parameters else module._buffers
+            table[name] = t  # type: ignore[assignment]
+
+
+def saved_bytes(
+    model: nn.Module, x: Tensor, y: Tensor | None = None, *, loss: LossFunction = mean_cross_entropy
+) -> SavedBytes:
+    """Bytes that autograd holds between forward and backward of `model` on `x`, by layer and category.
+
+    Args:
+        model: any module, in training mode.
+        x: input [T, B, ...]; only shape, strides and dtype matter.
+        y: targets [B]; zeros if None.
+        loss: (logits, targets) -> scalar.
+
+    Returns:
+        SavedBytes.
+    """
+    y = torch.zeros(x.shape[1], dtype=torch.int64) if y is None else y
+    return predicted_bytes(model, x, y, loss=loss).saved
