@@ -178,10 +178,12 @@ def _layer_tables(rows: Sequence[Row]) -> str:
 def _energy_assumptions(rows: Sequence[Row]) -> str:
     energy: dict[str, Any] = next((row["energy"] for row in rows if row.get("energy")), {})
     assumptions = energy.get("assumptions") or []
-    if isinstance(assumptions, str):
-        assumptions = [assumptions]
-    if isinstance(assumptions, dict):
-        assumptions = [f"{name}: {value}" for name, value in assumptions.items()]
+    if energy.get("snn_pj") and energy.get("ann_pj"):
+        snn, ann = energy["snn_pj"], energy["ann_pj"]
+        twin = (
+            f"In all {microjoules(snn)} µJ; the same network without spikes {microjoules(ann)} µJ ({ann / snn:.2f}x)."
+        )
+        assumptions = [twin, *assumptions]
     items = "".join(f"<li>{escape(str(line))}</li>" for line in assumptions)
     return f"<ul>{items}</ul>" if items else ""
 

@@ -92,8 +92,8 @@ def conditions(row: Row) -> str:
     """T, batch, reset mode, dtype and device of a row, as one phrase."""
     s = row.get("settings") or {}
     parts = [
-        f"T = {s['timesteps']}" if "timesteps" in s else "",
-        f"batch {s['batch']}" if "batch" in s else "",
+        f"T = {s['timesteps']}" if s.get("timesteps") else "",
+        f"batch {s['batch']}" if s.get("batch") else "",
         f"{s['reset']}" if s.get("reset") else "",
         str(s.get("dtype", "")),
         f"on {s['device']}" if s.get("device") else "",

@@ -1,0 +1,163 @@
+"""`compare`: one recipe under several strategies, from the same weights, on the same batches."""
+
+import contextlib
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from spikefit.engines import parse_strategy
+from spikefit.errors import OptionError
+from spikefit.ops.dispatch import use_backend
+from spikefit.reporting.files import write_json
+from spikefit.reporting.measure import FirstBatch, gradient_error, interleaved_seconds, profile_of, settings_of
+from spikefit.reporting.report import write_report
+from spikefit.training import ProgressEvent, Recipe, load_recipe, train
+
+Row = dict[str, Any]
+# what goes on (a strategy that is training, or what is being measured), and the event of the training
+OnProgress = Callable[[str, ProgressEvent | None], None]
+
+
+def compare(
+    recipe: str | Path | dict[str, Any] | Recipe,
+    strategies: Sequence[str] = ("bptt", "checkpoint"),
+    *,
+    out: str | Path | None = None,
+    on_progress: OnProgress | None = None,
+    progress: bool = False,
+    resume: bool = False,
+) -> list[Row]:
+    """Train one recipe under several strategies and measure what each one costs.
+
+    Every strategy starts from the same weights and meets the same batches. Before training, gradients of the first
+    batch are compared with plain bptt (bptt itself with a second run of it) and training steps are timed taking turns.
+
+        max_gradient_error = max over parameters of  max |g - g_bptt| / max |g_bptt|
+
+    Args:
+        recipe: path, dictionary or `Recipe`; its own strategy does not count.
+        strategies: "bptt", "checkpoint", "checkpoint:3", ...
+        out: folder for compare.json (the rows), report.html and the checkpoints of training; None writes nothing.
+        on_progress: called with (what goes on, None) when a measurement starts, and (strategy, `ProgressEvent`) during
+            training.
+        progress: draw a progress bar of every training on standard error.
+        resume: go on with the trainings in `out`; False starts them anew and drops their checkpoints there.
+
+    Returns:
+        one row per strategy: strategy, exact, accuracy (share of the test split), loss, peak_bytes (measured in a fresh
+        process), predicted_peak_bytes, saved_bytes, step_seconds [s] (median), max_gradient_error, parameters, history
+        (per epoch), layers, energy, rates (share of neurons that fire per step, test split), memory_against_T (list of
+        timesteps, saved_bytes, predicted_peak_bytes), settings, recipe, environment.
+
+    Raises:
+        StrategyError: unknown strategy or option.
+        OptionError: no strategy, one twice, or `out` cannot be written.
+        RecipeError, DataError, TrainingError, CheckpointError: as `spikefit.train`.
+
+    Example:
+        rows = spikefit.compare("recipes/demo.toml", ["bptt", "checkpoint:2"], out="runs/demo")
+    """
+    base = load_recipe(recipe)
+    names = _names(strategies)
+    recipes = {name: base.override({"strategy": name}) for name in names}
+    tell: OnProgress = on_progress or (lambda what, event: None)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(use_backend(base.backend))
+        tell("comparing gradients and step times", None)
+        batch = FirstBatch(base)
+        rows = _measured_steps(batch, recipes)
+        if out is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        else:
+            folder = Path(out) / "checkpoints"
+        for name, row in rows.items():
+            place = folder / name.replace(":", "-")
+            if not resume and place.exists():
+                shutil.rmtree(place)
+            record = train(
+                recipes[name],
+                out=place,
+                resume=resume,
+                progress=progress,
+                on_progress=partial(tell, name),
+            )
+            tell(f"measuring memory of {name}", None)
+            row |= _outcome(record.to_dict())
+            row |= profile_of(recipes[name], batch, batch.plain_model(recipes[name], place))
+            for layer in row["layers"]:
+                layer["spike_rate"] = record.spike_rates.get(layer["name"])
+    listed = list(rows.values())
+    if out is not None:
+        write_json(Path(out) / "compare.json", listed)
+        write_report(Path(out) / "report.html", _report(recipe, base, listed, Path(out)))
+    return listed
+
+
+def _names(strategies: Sequence[str]) -> list[str]:
+    """The strategies as they are written, checked."""
+    if isinstance(strategies, str):
+        strategies = strategies.split(",")
+    names = [str(parse_strategy(strategy)) for strategy in strategies]
+    if not names or len(set(names)) < len(names):
+        raise OptionError(f"compare: expected at least one strategy and each once, got {', '.join(names) or 'none'}.")
+    return names
+
+
+def _measured_steps(batch: FirstBatch, recipes: dict[str, Recipe]) -> dict[str, Row]:
+    """Rows with gradient errors and step times, from the initial weights, without an update."""
+    plain = next(iter(recipes.values())).override({"strategy": "bptt"})
+    reference = batch.gradients(batch.model(plain))
+    models = {name: batch.model(recipe) for name, recipe in recipes.items()}
+    errors = {name: gradient_error(batch.gradients(model), reference) for name, model in models.items()}
+    seconds = interleaved_seconds({name: partial(batch.step, model) for name, model in models.items()})
+    return {
+        name: {
+            "strategy": name,
+            "exact": parse_strategy(name).exact,
+            "accuracy": None,
+            "loss": None,
+            "peak_bytes": None,
+            "saved_bytes": None,
+            "step_seconds": seconds[name],
+            "max_gradient_error": errors[name],
+            "settings": settings_of(recipes[name], timesteps=batch.x.shape[0], device=batch.x.device.type),
+        }
+        for name in recipes
+    }
+
+
+def _outcome(record: dict[str, Any]) -> Row:
+    """What a row takes from the record of its training."""
+    kept = {key: record[key] for key in ("accuracy", "loss", "parameters", "history", "recipe", "environment", "note")}
+    return {**kept, "rates": record["spike_rates"]}
+
+
+def _report(recipe: Any, base: Recipe, rows: list[Row], out: Path) -> dict[str, Any]:
+    source = Path(recipe).name if isinstance(recipe, str | Path) else f"{base.model.name} on {base.data.name}"
+    return {
+        "title": f"What each strategy costs: {source}",
+        "command": command_line(
+            [
+                "compare",
+                *([str(recipe)] if isinstance(recipe, str | Path) else []),
+                f"strategies={','.join(row['strategy'] for row in rows)}",
+                "--out",
+                str(out),
+            ]
+        ),
+        "recipe": {key: value for key, value in rows[0]["recipe"].items() if key != "strategy"},
+        "environment": rows[0]["environment"],
+        "rows": rows,
+    }
+
+
+def command_line(verb: Sequence[str]) -> str:
+    """The command of this process if it is spikefit's, which holds all overrides; else the one that does the same."""
+    if Path(sys.argv[0]).name == "spikefit":
+        return shlex.join(["spikefit", *sys.argv[1:]])
+    return shlex.join(["spikefit", *verb])

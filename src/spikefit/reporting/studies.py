@@ -1,0 +1,133 @@
+"""Studies: many training runs from one file, restartable run by run, summed up in one table."""
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from spikefit.errors import DataError
+from spikefit.reporting.files import write_json, write_text
+from spikefit.reporting.measure import measure_memory, settings_of
+from spikefit.reporting.study_file import Cell, make_cells, read_study, recipe_key
+from spikefit.reporting.study_page import study_page, study_text
+from spikefit.training import ProgressEvent, load_recipe, train
+
+Row = dict[str, Any]
+# which run it is (run, runs, variant, data, seed, reused), and the event of its training
+OnProgress = Callable[[dict[str, Any], ProgressEvent | None], None]
+
+# what one run gives, summed up over seeds
+NUMBERS = ("accuracy", "loss", "step_seconds")
+
+
+def study(
+    path: str | Path, *, out: str | Path | None = None, on_progress: OnProgress | None = None, progress: bool = False
+) -> list[Row]:
+    """Train every variant on every data set with every seed, and sum up in one table.
+
+    A finished run is one file `cells/KEY.json`, KEY a hash of its full recipe: a study that was stopped goes on where
+    it stopped, and a changed recipe runs again.
+
+    Args:
+        path: the study file; `docs/studies.md` shows its keys.
+        out: folder for cells/, study.json (the rows), table.txt and report.html; default runs/NAME.
+        on_progress: called with ({"run", "runs", "variant", "data", "seed", "reused"}, None) before each run, and with
+            the same and a `ProgressEvent` during it.
+        progress: draw a progress bar of every training on standard error.
+
+    Returns:
+        one row per variant and data set: variant, data, n (number of seeds), seeds; for accuracy, loss and
+        step_seconds [s] the mean under the name itself, the sample standard deviation under NAME_spread (None for
+        n = 1) and all values under NAME_values; with memory = true saved_bytes, peak_bytes, predicted_peak_bytes
+        [bytes] of the first seed; history (mean over seeds), settings, parameters, cells (names of the files).
+
+    Raises:
+        RecipeError: a study file or recipe that is not valid.
+        DataError: a file of a finished run is damaged.
+        OptionError: `out` cannot be written.
+
+    Example:
+        spikefit.study("studies/demo_tau.toml")
+    """
+    source = read_study(path)
+    cells = make_cells(source, load_recipe)
+    out = Path("runs", source.name) if out is None else Path(out)
+    records: dict[str, dict[str, Any]] = {}
+    memory: dict[str, dict[str, Any]] = {}
+    tell: OnProgress = on_progress or (lambda where, event: None)
+    for i, cell in enumerate(cells):
+        file = out / "cells" / f"{cell.key}.json"
+        where = {"run": i + 1, "runs": len(cells), "variant": cell.variant, "data": cell.data, "seed": cell.seed}
+        where["reused"] = file.exists()
+        tell(where, None)
+        records[cell.key] = _once(file, cell, partial(_run, cell, partial(tell, where), progress))
+        # memory does not depend on the seed
+        if source.memory and cell.seed == source.seeds[0]:
+            file = out / "memory" / f"{cell.key}.json"
+            memory[cell.key] = _once(file, cell, partial(measure_memory, cell.recipe))
+    rows = summarise(cells, records, memory)
+    environments = [record["environment"] for record in records.values()]
+    write_json(out / "study.json", rows)
+    write_text(out / "table.txt", study_text(source.name, rows))
+    write_text(out / "report.html", study_page(source.name, rows, environments, source.text))
+    return rows
+
+
+def summarise(
+    cells: Sequence[Cell], records: dict[str, dict[str, Any]], memory: dict[str, dict[str, Any]]
+) -> list[Row]:
+    """One row per variant and data set, in the order of the cells; see `study` for the keys."""
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.data, cell.variant), []).append(cell)
+    rows = []
+    for (data, variant), group in groups.items():
+        runs = [records[cell.key] for cell in group]
+        row: Row = {"data": data, "variant": variant, "n": len(group), "seeds": [cell.seed for cell in group]}
+        for name in NUMBERS:
+            values = [run[name] for run in runs]
+            row[name] = statistics.fmean(values)
+            row[f"{name}_spread"] = statistics.stdev(values) if len(values) > 1 else None
+            row[f"{name}_values"] = values
+        row |= next((memory[cell.key] for cell in group if cell.key in memory), {})
+        row["history"] = _mean_history([run["history"] for run in runs])
+        row["parameters"] = runs[0]["parameters"]
+        trained = runs[0]["recipe"]
+        row["settings"] = settings_of(
+            group[0].recipe, timesteps=trained["encoding"].get("timesteps"), device=runs[0]["environment"]["device"]
+        )
+        row["cells"] = [cell.key for cell in group]
+        rows.append(row)
+    return rows
+
+
+def _run(cell: Cell, listen: Callable[[ProgressEvent], None], progress: bool) -> dict[str, Any]:
+    return train(cell.recipe, on_progress=listen, progress=progress).to_dict()
+
+
+def _once(file: Path, cell: Cell, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `file` holds, made by `run` if there is no such file."""
+    if not file.exists():
+        write_json(file, {"recipe": cell.recipe.to_dict(), "result": run()})
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if recipe_key(stored["recipe"]) == cell.key:
+            return stored["result"]
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise DataError(f"study: {file} is damaged or was edited; delete it and start the study again to repeat that run.")
+
+
+def _mean_history(histories: Sequence[Sequence[dict[str, float]]]) -> list[dict[str, float]]:
+    """Mean over runs, epoch by epoch, of the numbers that all of them have."""
+    mean = []
+    for epochs in zip(*histories, strict=False):
+        row = {"epoch": epochs[0]["epoch"]}
+        for key in epochs[0]:
+            values = [epoch.get(key) for epoch in epochs]
+            if key != "epoch" and all(isinstance(value, int | float) for value in values):
+                row[key] = statistics.fmean(values)
+        mean.append(row)
+    return mean

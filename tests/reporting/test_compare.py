@@ -1,0 +1,172 @@
+"""`compare` from recipe to files, on a network small enough to train in seconds."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from spikefit.errors import CheckpointError, OptionError, StrategyError
+from spikefit.reporting import compare, comparison
+from spikefit.reporting.measure import FirstBatch
+from spikefit.training import load_recipe
+
+TINY = {
+    "data": {"name": "digits", "batch_size": 128},
+    "encoding": {"name": "repeat", "timesteps": 4},
+    "model": {"name": "mlp", "hidden": [24, 24, 24, 24]},
+    "train": {"epochs": 2, "lr": 0.01},
+}
+# what others may rely on in compare.json
+KEYS = {
+    "strategy",
+    "exact",
+    "accuracy",
+    "loss",
+    "peak_bytes",
+    "saved_bytes",
+    "step_seconds",
+    "max_gradient_error",
+    "predicted_peak_bytes",
+    "parameters",
+    "history",
+    "layers",
+    "energy",
+    "rates",
+    "memory_against_T",
+    "settings",
+    "recipe",
+    "environment",
+}
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    out = tmp_path_factory.mktemp("compare")
+    seen = []
+    rows = compare(TINY, ["bptt", "checkpoint:2"], out=out, on_progress=lambda what, event: seen.append((what, event)))
+    return rows, out, seen
+
+
+def test_rows_are_those_of_the_file(compared):
+    rows, out, _ = compared
+    assert json.loads((out / "compare.json").read_text()) == rows
+    assert [row["strategy"] for row in rows] == ["bptt", "checkpoint:2"]
+    for row in rows:
+        assert row.keys() >= KEYS
+        assert row["exact"] is True
+        assert 0 < row["step_seconds"] < 60
+        assert row["settings"] == {
+            "timesteps": 4,
+            "batch": 128,
+            "reset": "soft reset (detached)",
+            "dtype": "float32",
+            "device": row["environment"]["device"],
+        }
+    assert rows[1]["recipe"]["strategy"]["name"] == "checkpoint:2"
+
+
+def test_same_weights_same_batches_same_learning(compared):
+    (bptt, checkpoint), _, _ = compared
+    assert bptt["max_gradient_error"] <= 1e-6
+    assert checkpoint["max_gradient_error"] <= 1e-5
+    assert bptt["accuracy"] > 0.5, "two epochs on digits do better than chance by far"
+    # equal up to rounding of gradients, which training amplifies
+    assert checkpoint["history"][0]["train_loss"] == pytest.approx(bptt["history"][0]["train_loss"], rel=1e-2)
+
+
+def test_memory_falls_and_grows_with_T(compared):
+    (bptt, checkpoint), _, _ = compared
+    assert checkpoint["saved_bytes"] < bptt["saved_bytes"]
+    for row in (bptt, checkpoint):
+        assert row["saved_bytes"] == sum(sum(layer["saved_bytes"].values()) for layer in row["layers"])
+        assert 0 < row["peak_bytes"] <= 1.2 * row["predicted_peak_bytes"]
+        line = row["memory_against_T"]
+        assert len(line) >= 3
+        assert [p["timesteps"] for p in line] == sorted({p["timesteps"] for p in line})
+        assert next(p for p in line if p["timesteps"] == 4)["saved_bytes"] == row["saved_bytes"]
+        assert line[-1]["saved_bytes"] > line[0]["saved_bytes"]
+
+
+def test_rates_are_those_of_the_trained_network(compared):
+    rows, _, _ = compared
+    for row in rows:
+        assert len(row["rates"]) == 4
+        shown = {layer["name"]: layer["spike_rate"] for layer in row["layers"] if layer["spike_rate"] is not None}
+        assert shown == row["rates"]
+        assert all(0 < rate < 1 for rate in shown.values())
+        assert math.isclose(
+            sum(layer["energy_pj"] or 0 for layer in row["layers"]), row["energy"]["snn_pj"], rel_tol=1e-6
+        )
+
+
+def test_the_report_holds_all_figures(compared):
+    _, out, _ = compared
+    html = (out / "report.html").read_text(encoding="utf-8")
+    assert "Not in this report" not in html
+    assert "checkpoint:2 (exact, max gradient error" in html
+
+
+def test_progress_names_what_goes_on(compared):
+    _, _, seen = compared
+    assert seen[0][1] is None
+    kinds = [event.kind for what, event in seen if what == "checkpoint:2" and event is not None]
+    assert kinds[0] == "start"
+    assert kinds[-1] == "end"
+
+
+def test_resume_trains_nothing_again_and_other_recipes_are_refused(compared):
+    rows, out, _ = compared
+    steps = []
+    again = compare(
+        TINY, ["bptt"], out=out, resume=True, on_progress=lambda what, event: steps.append(event and event.kind)
+    )
+    assert "step" not in steps
+    assert again[0]["history"] == rows[0]["history"]
+    with pytest.raises(CheckpointError, match="another run"):
+        compare({**TINY, "seed": 7}, ["bptt"], out=out, resume=True)
+
+
+def test_a_wrong_gradient_shows(monkeypatch):
+    real = FirstBatch.gradients
+
+    def damaged(self, model):
+        found = real(self, model)
+        if model.module.strategy.name == "checkpoint":
+            name = next(iter(found))
+            found[name] = found[name] * 1.5
+        return found
+
+    monkeypatch.setattr(FirstBatch, "gradients", damaged)
+    base = load_recipe(TINY)
+    recipes = {name: base.override({"strategy": name}) for name in ("bptt", "checkpoint")}
+    rows = comparison._measured_steps(FirstBatch(base), recipes)
+    assert rows["bptt"]["max_gradient_error"] <= 1e-6
+    assert rows["checkpoint"]["max_gradient_error"] == pytest.approx(0.5, rel=1e-3)
+
+
+def test_the_first_batch_is_that_of_training():
+    base = load_recipe(TINY)
+    batch = FirstBatch(base)
+    first = batch.loss(batch.model(base)(batch.x), batch.y).item()
+    losses = []
+    from spikefit.training import train
+
+    train(base.override({"epochs": 1}), on_progress=lambda e: losses.append(e.loss) if e.kind == "step" else None)
+    assert losses[0] == first
+    again = FirstBatch(base)
+    assert torch.equal(again.x, batch.x)
+
+
+@pytest.mark.parametrize(
+    ("strategies", "error", "message"),
+    [
+        ([], OptionError, "at least one strategy"),
+        (["bptt", "bptt"], OptionError, "each once"),
+        (["bptt", "chekpoint"], StrategyError, "Did you mean checkpoint"),
+    ],
+)
+def test_strategies_are_checked_before_anything_runs(strategies, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        compare(TINY, strategies, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
