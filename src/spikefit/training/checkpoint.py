@@ -84,10 +84,12 @@ def save_checkpoint(
         _flush(folder)
         for path in checkpoints(folder)[:-KEEP]:
             _discard(path)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         raise CheckpointError(
-            f"checkpoint: cannot write {final} ({error.strerror or error}); choose a folder with room that you may write to."
+            f"checkpoint: cannot write {final} ({error.strerror or error}); choose a writable folder with room."
         ) from error
     return final
 
@@ -148,9 +150,8 @@ def fill_model(model: nn.Module, tensors: Mapping[str, Tensor], path: str | Path
     """
     own = model.state_dict()
     shapes = {k: tuple(t.shape) for k, t in tensors.items()}
-    differing = [
-        f"{k} {shapes[k]} instead of {tuple(t.shape)}" for k, t in own.items() if shapes.get(k, t.shape) != t.shape
-    ]
+    other = {k: tuple(t.shape) for k, t in own.items() if shapes.get(k, tuple(t.shape)) != tuple(t.shape)}
+    differing = [f"{k} {shapes[k]} instead of {shape}" for k, shape in other.items()]
     missing = [f"{k} missing" for k in own if k not in tensors]
     surplus = [f"{k} unknown to it" for k in tensors if k not in own]
     wrong = missing + differing + surplus
@@ -189,9 +190,7 @@ def fill_optimizer(
         entry, _, name = key.partition("/")
         parameter = parameters.get(name)
         if parameter is None or (tensor.ndim and tensor.shape != parameter.shape):
-            raise CheckpointError(
-                f"checkpoint {path}: optimiser state {key} {tuple(tensor.shape)} fits no parameter here."
-            )
+            raise CheckpointError(f"checkpoint {path}: optimiser state {key} {tuple(tensor.shape)} fits nothing here.")
         if tensor.shape == parameter.shape and tensor.ndim:
             # in the memory order of the parameter, as the optimiser itself makes it
             value = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False).copy_(tensor)

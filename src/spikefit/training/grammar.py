@@ -71,7 +71,7 @@ def locate(key: str, values: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def known_keys(values: Mapping[str, Any]) -> dict[str, str]:
-    """Flat key -> its section, for a recipe with these values; of equal keys the declared one counts, then the model's."""
+    """Flat key -> its section, for a recipe with these values; where two know a key, the declared one counts."""
     found: dict[str, str] = {}
     for section in ("loss", "encoding", "data", "model"):
         found |= dict.fromkeys(_options_of(section, values[section].get("name")), section)
@@ -82,7 +82,7 @@ def known_keys(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _rename(values: dict[str, Any], section: str, name: str) -> None:
-    """Give `section` another name; what the new thing does not take is dropped, so that it need not be unset by hand."""
+    """Give `section` another name; options the new thing does not take go, so that none has to be unset by hand."""
     taken = set(_options_of(section, name)) | {"batch_size", "drop_last", "root"}
     if section == "model" and ":" in name:
         taken = set()

@@ -258,13 +258,7 @@ class Run:
             summed = fabric.all_reduce(summed, reduce_op="sum")  # type: ignore[assignment]
         value = float(summed) / total
         self._check_finite(value, "loss", group[-1][0])
-        if self.recipe.train.clip_norm > 0:
-            norm = fabric.clip_gradients(
-                self.wrapped, self.wrapped_optimizer, max_norm=self.recipe.train.clip_norm, error_if_nonfinite=False
-            )
-            # a scaler expects overflows and skips the update itself
-            if norm is not None and not self.recipe.train.precision.startswith("16"):
-                self._check_finite(float(norm), "gradient", group[-1][0])
+        self._clip(group[-1][0])
         for settings in self.optimizer.param_groups:
             settings["lr"] = rate
         self.wrapped_optimizer.step()
@@ -277,6 +271,20 @@ class Run:
         self.samples += total
         self.step_seconds.append(time.perf_counter() - started)
         return value
+
+    def _clip(self, batch: int) -> None:
+        """Clip the gradient and check it: spikes hide a membrane that is NaN, the gradient of the weight shows it."""
+        clip_norm = self.recipe.train.clip_norm
+        norm: Tensor | None
+        if clip_norm > 0:
+            norm = self.fabric.clip_gradients(
+                self.wrapped, self.wrapped_optimizer, max_norm=clip_norm, error_if_nonfinite=False
+            )
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        # a scaler expects overflows and skips the update itself
+        if norm is not None and self.recipe.train.precision != "16-mixed":
+            self._check_finite(float(norm), "gradient", batch)
 
     def _share(self, index: int, inputs: Any, targets: Tensor) -> tuple[Tensor, Tensor, float]:
         """This process's rows of a batch: sequence [T, b, ...], targets, and how many samples they count for."""
@@ -326,7 +334,7 @@ class Run:
         self._tell("epoch", loss=self.history[-1]["train_loss"], accuracy=result["accuracy"], rate=rate)
 
     def _batch_sizes(self) -> list[int]:
-        """Samples per batch of an epoch; a last batch of one sample has no statistics, so a batch norm leaves it out."""
+        """Samples per batch; a last batch of one sample has no statistics, so models with a batch norm leave it out."""
         data, size = self.data.train, self.recipe.data.batch_size
         count = count_batches(data, size, drop_last=self.recipe.data.drop_last)
         sizes = [min(size, len(data) - i * size) for i in range(count)]

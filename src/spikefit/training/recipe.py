@@ -1,4 +1,4 @@
-"""Recipes: one run as a TOML file, read from top to bottom in the order the data flows, and checked before it starts."""
+"""Recipes: one run as a TOML file, read from top to bottom in the order the data flows, checked before it starts."""
 
 import tomllib
 from collections.abc import Callable, Mapping

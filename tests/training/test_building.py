@@ -1,0 +1,129 @@
+"""From recipe to model, data and optimiser; averaged weights and the learning rate."""
+
+import math
+
+import pytest
+import torch
+
+from spikefit.errors import DataError, OptionError, RecipeError, StrategyError
+from spikefit.layers import GlobalAveragePool, Readout, SpikingConv2d
+from spikefit.models import SpikingNetwork
+from spikefit.training import (
+    AveragedWeights,
+    build_augmentation,
+    build_data,
+    build_model,
+    build_optimizer,
+    derive_seed,
+    learning_rate,
+    load_recipe,
+)
+
+
+def my_factory(num_classes, input_shape, width=4):
+    blocks = [SpikingConv2d(input_shape[0], width), GlobalAveragePool(), Readout(width, num_classes)]
+    return SpikingNetwork(blocks, input_shape=input_shape)
+
+
+def no_network():
+    return torch.nn.Linear(3, 3)
+
+
+def test_shapes_come_from_the_data_unless_written(small):
+    model = build_model(small())
+    assert model.input_shape == (1, 8, 8)
+    assert model.blocks[-1].linear.out_features == 10
+    written = build_model(small(image="3x4x4", classes="7"))
+    assert (written.input_shape, written.blocks[-1].linear.out_features) == ((3, 4, 4), 7)
+    assert build_model(load_recipe({"model": {"name": "vgg6", "width": 0.1}})).input_shape == (3, 32, 32)
+
+
+def test_weights_depend_on_the_seed_only(small):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    a, b = build_model(small()), build_model(small(strategy="checkpoint", lr="0.3"))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    other = build_model(small(seed="1"))
+    assert not torch.equal(next(a.parameters()), next(other.parameters()))
+    assert str(b.strategy) == "checkpoint"
+
+
+def test_neuron_norm_and_strategy_reach_the_model(small):
+    model = build_model(small(tau="4", v_reset="0", norm="step_bn", strategy="checkpoint:2"))
+    unit = model.blocks[1]
+    assert (unit.neuron.tau, unit.neuron.v_reset, unit.norm.time_scope) == (4.0, 0.0, "step")
+    assert (model.strategy.name, model.strategy.option) == ("checkpoint", "2")
+
+
+def test_own_factory(small):
+    recipe = load_recipe({**small().to_dict(), "model": {"name": f"{__name__}:my_factory", "width": 6}})
+    model = build_model(recipe)
+    assert model.input_shape == (1, 8, 8)
+    assert model.blocks[0].synapse.out_channels == 6
+    for name, told in ((":nothing", "importable"), (":my_factory", "refused")):
+        wrong = load_recipe({**small().to_dict(), "model": {"name": __name__ + name, "depth": 3}})
+        with pytest.raises(RecipeError, match=told):
+            build_model(wrong)
+    with pytest.raises(StrategyError, match="contains no SpikingNetwork"):
+        build_model(load_recipe({"model": f"{__name__}:no_network"}))
+
+
+def test_data_and_augmentation(small):
+    data = build_data(small())
+    assert (len(data.train), len(data.test)) == (40, 40)
+    shifted = build_augmentation(small(augment="crop:1,flip"), data.train)
+    images = data.train.batch(range(8))[0]
+    for function in shifted:
+        assert function(images, torch.Generator().manual_seed(0)).shape == images.shape
+    with pytest.raises(OptionError, match="Did you mean flip"):
+        build_augmentation(small(augment="flp"), data.train)
+    with pytest.raises(OptionError, match="crop:x"):
+        build_augmentation(small(augment="crop:x"), data.train)
+    with pytest.raises(RecipeError, match=r"data\.name is missing"):
+        build_data(load_recipe({"model": "mlp"}))
+    with pytest.raises(DataError):
+        build_data(load_recipe({"model": "mlp", "data": {"name": "cifar10", "root": "/nowhere"}}))
+
+
+def test_weight_decay_spares_biases_norms_and_time_constants(small):
+    model = build_model(small(neuron="plif"))
+    for name, kind in (("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)):
+        optimizer = build_optimizer(small(optimizer=name, weight_decay="0.5", lr="0.25"), model)
+        assert isinstance(optimizer, kind)
+        decayed = [p for g in optimizer.param_groups if g["weight_decay"] == 0.5 for p in g["params"]]
+        assert {p.ndim for p in decayed} == {2}
+        assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_learning_rate(small):
+    section = small(lr="0.8", epochs="10", warmup_epochs="2").train
+    rates = [learning_rate(section, u, 4) for u in range(40)]
+    assert rates[:8] == pytest.approx([0.8 * (u + 1) / 9 for u in range(8)])
+    assert rates[8] == 0.8
+    assert rates[24] == pytest.approx(0.4)
+    assert rates[-1] == pytest.approx(0.4 * (1 + math.cos(math.pi * 31 / 32)))
+    constant = small(lr="0.8", schedule="constant").train
+    assert {learning_rate(constant, u, 4) for u in range(8)} == {0.8}
+
+
+def test_averaged_weights():
+    model = torch.nn.BatchNorm1d(2)
+    average = AveragedWeights(model, 0.5)
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+        model.running_mean.fill_(4.0)
+        model.num_batches_tracked.fill_(7)
+    average.update(model, 0)
+    # d_0 = 1/10
+    torch.testing.assert_close(average.model.weight, torch.full((2,), 0.1 * 1 + 0.9 * 3))
+    torch.testing.assert_close(average.model.running_mean, torch.full((2,), 0.9 * 4))
+    assert average.model.num_batches_tracked == 7
+    average.update(model, 1000)
+    torch.testing.assert_close(average.model.weight, torch.full((2,), 0.5 * 2.8 + 0.5 * 3))
+
+
+def test_derived_seeds_differ():
+    seeds = {derive_seed(s, what, e, i) for s in range(3) for what in ("a", "b") for e in range(3) for i in range(12)}
+    assert len(seeds) == 3 * 2 * 3 * 12
+    assert derive_seed(1, "a") == derive_seed(1, "a")

@@ -1,0 +1,136 @@
+"""Recipes: what they accept, what they say otherwise, and the key=value grammar."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from spikefit.errors import RecipeError
+from spikefit.training import load_recipe
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+NEURON_OPTIONS = {"tau", "decay_input", "v_threshold", "v_reset", "detach_reset", "surrogate"}
+
+
+def base():
+    return load_recipe({"model": "vgg6", "data": "digits"})
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_recipes_of_the_project_load_and_write_the_neuron_out(path):
+    recipe = load_recipe(path)
+    written = tomllib.loads(path.read_text())
+    assert set(written["neuron"]) >= NEURON_OPTIONS
+    assert {"status", "data", "encoding", "model", "norm", "strategy", "loss", "train"} <= set(written)
+    assert load_recipe(recipe.to_dict()) == recipe
+
+
+def test_there_are_recipes():
+    assert {"demo", "cifar10_vgg9", "fashion_mnist_vgg6", "uci_har_mlp", "nmnist_vgg6"} <= {p.stem for p in RECIPES}
+
+
+@pytest.mark.parametrize(
+    ("change", "where", "value"),
+    [
+        ({"train.lr": "0.1"}, ("train", "lr"), 0.1),
+        ({"lr": "1e-3"}, ("train", "lr"), 1e-3),
+        ({"timesteps": "4"}, ("encoding", "timesteps"), 4),
+        ({"batch": "7"}, ("data", "batch_size"), 7),
+        ({"image": "3x32x32"}, ("model", "input_shape"), [3, 32, 32]),
+        ({"strategy": "checkpoint:2"}, ("strategy", "name"), "checkpoint:2"),
+        ({"norm": "step_bn"}, ("norm", "name"), "step_bn"),
+        ({"neuron": "plif"}, ("neuron", "name"), "plif"),
+        ({"v_reset": "0"}, ("neuron", "v_reset"), 0.0),
+        ({"v_threshold": "1."}, ("neuron", "v_threshold"), 1.0),
+        ({"surrogate": "rect(1, closed=True)"}, ("neuron", "surrogate"), "rect(1, closed=True)"),
+        ({"decay_input": "true"}, ("neuron", "decay_input"), True),
+        ({"loss": "tet", "mse_weight": "0.1"}, ("loss", "mse_weight"), 0.1),
+        ({"encoding": "rate"}, ("encoding", "timesteps"), 8),
+        ({"model": "mlp", "hidden": "32,64"}, ("model", "hidden"), [32, 64]),
+        ({"hidden": "32", "model": "mlp"}, ("model", "hidden"), [32]),
+        ({"model": "resnet19", "widths": "narrow"}, ("model", "widths"), "narrow"),
+        ({"augment": "crop,flip"}, ("data", "augment"), ["crop", "flip"]),
+        ({"limit": "100"}, ("data", "limit"), 100),
+        ({"precision": "bf16-mixed"}, ("train", "precision"), "bf16-mixed"),
+        ({"epochs": 3}, ("train", "epochs"), 3),
+    ],
+)
+def test_override(change, where, value):
+    changed = base().override(change)
+    assert changed.to_dict()[where[0]][where[1]] == value
+    assert base().to_dict() != changed.to_dict() or base().to_dict()[where[0]][where[1]] == value
+
+
+def test_override_of_top_level_keys():
+    recipe = base().override({"seed": "4", "backend": "reference"})
+    assert (recipe.seed, recipe.backend) == (4, "reference")
+
+
+def test_another_name_drops_what_only_the_thing_before_took():
+    recipe = load_recipe(
+        {"model": {"name": "vgg6", "width": 0.5, "pool": "avg"}, "neuron": {"name": "lif", "tau": 3.0}}
+    )
+    changed = recipe.override({"model": "mlp", "neuron": "if"}).to_dict()
+    assert changed["model"] == {"name": "mlp"}
+    assert not {"tau", "decay_input"} & set(changed["neuron"])
+    same = recipe.override({"model": "vgg9", "neuron": "plif"}).to_dict()
+    assert same["model"] == {"name": "vgg9", "width": 0.5, "pool": "avg"}
+    assert same["neuron"]["tau"] == 3.0
+    shaped = load_recipe(
+        {"model": {"name": "mlp", "input_shape": [3, 4]}, "data": {"name": "cifar10", "mean": [0.5] * 3}}
+    )
+    assert shaped.override({"data": "digits"}).to_dict()["model"] == {"name": "mlp"}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"lrr": "3"}, r"unknown key 'lrr'\. Did you mean lr"),
+        ({"train.lrr": "3"}, r"unknown key 'train\.lrr'\. Did you mean train\.lr"),
+        ({"foo.bar": "1"}, r"unknown key 'foo\.bar'"),
+        ({"lr": "abc"}, r"train\.lr: expected a valid number, got 'abc' \(str\)"),
+        ({"epochs": "1.5"}, r"train\.epochs: expected a valid integer, got 1\.5 \(float\)"),
+        ({"batch": "0"}, r"data\.batch_size: expected greater than or equal to 1, got 0"),
+        ({"width": "a"}, r"model vgg6: width: expected a valid number, got 'a' \(str\)"),
+        ({"image": "3"}, r"input_shape: expected tuple\[int, int, int\], got \[3\]"),
+        ({"model": "vgg7"}, r"got 'vgg7'\. Did you mean .*vgg6"),
+        ({"model": "mlp", "width": "1"}, r"unknown key 'width'"),
+        ({"model.widht": "1"}, r"unknown option 'widht'.*Did you mean width"),
+        ({"timesteps": "0"}, r"timesteps must be a whole number of at least 1, got 0"),
+        ({"strategy": "chekpoint"}, r"Did you mean checkpoint"),
+        ({"tau": "0.5"}, r"tau must be at least 1 step"),
+        ({"v_reset": "sft"}, r"neuron\.v_reset: expected 'soft' or a valid number, got 'sft'"),
+        ({"data": "digit"}, r"Did you mean digits"),
+        ({"data.limt": "3"}, r"unknown option 'limt'.*Did you mean limit"),
+        ({"limit": "many"}, r"limit: expected .*int.*, got 'many'"),
+        ({"loss": "tets"}, r"Did you mean tet"),
+        ({"warmup_epochs": "10"}, r"warmup_epochs: expected fewer than train\.epochs = 10, got 10"),
+        ({"norm": "bm"}, r"norm\.name: expected 'bn', .* got 'bm'"),
+    ],
+)
+def test_wrong_changes_are_told_in_one_sentence(change, told):
+    with pytest.raises(RecipeError, match=told) as error:
+        base().override(change)
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_files(tmp_path):
+    with pytest.raises(RecipeError, match=r"missing\.toml: expected a TOML file, found none"):
+        load_recipe(tmp_path / "missing.toml")
+    file = tmp_path / "broken.toml"
+    file.write_text('status = "untested"\nmodel = { name = vgg6 }\n')
+    with pytest.raises(RecipeError, match=r"broken\.toml: expected valid TOML.*line 2"):
+        load_recipe(file)
+    file.write_text('model = { name = "vgg6" }\ntrian = { lr = 0.1 }\n')
+    with pytest.raises(RecipeError, match=rf"{re.escape(str(file))}: unknown key 'trian'\. Did you mean train"):
+        load_recipe(file)
+    with pytest.raises(RecipeError, match="key 'model' is missing"):
+        load_recipe({})
+    with pytest.raises(RecipeError, match=r"model\.num_classes: expected a valid integer, got '3'"):
+        load_recipe({"model": {"name": "vgg6", "num_classes": "3"}})
+
+
+def test_recipes_do_not_change():
+    with pytest.raises(ValueError, match="frozen"):
+        base().seed = 3
