@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Literal, get_args
@@ -27,7 +28,7 @@ def installed(package: str) -> bool:
 
 
 @contextlib.contextmanager
-def use_backend(backend: Backend) -> Iterator[None]:
+def use_backend(backend: Backend | str) -> Iterator[None]:
     """Within the block, operations called with `backend="auto"` use `backend`.
 
     An operation keeps for its backward the backend chosen in forward, so only the forward needs to be inside.
@@ -90,6 +91,15 @@ def numba_refusal(x: torch.Tensor) -> str | None:
     return None
 
 
+def triton_interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    try:
+        from triton import knobs
+    except ImportError:  # before Triton 3.4
+        return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+    return bool(knobs.runtime.interpret)
+
+
 def triton_refusal(x: torch.Tensor) -> str | None:
     """The reason why a Triton kernel cannot take `x`, or None."""
     if not installed("triton"):
@@ -98,9 +108,7 @@ def triton_refusal(x: torch.Tensor) -> str | None:
         return "Triton kernels compute in float32, got float64 input, which needs backend='reference' on a GPU."
     if x.device.type == "cuda":
         return None
-    from triton import knobs
-
-    if x.device.type == "cpu" and knobs.runtime.interpret:
+    if x.device.type == "cpu" and triton_interpreted():
         return None
     return f"Triton kernels run on CUDA tensors, got a tensor on {x.device} (TRITON_INTERPRET=1 runs them on CPU)."
 

@@ -1,4 +1,4 @@
-"""Peak memory of one training step, measured: the allocator's peak on CUDA, resident memory of a fresh process on CPU."""
+"""Peak memory of one training step, measured: the allocator's on CUDA, that of a fresh process on CPU."""
 
 import json
 import os

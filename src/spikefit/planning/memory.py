@@ -24,8 +24,8 @@ from spikefit.planning.target import LossFunction, mean_cross_entropy
 # What live tensors do not show: buffers inside oneDNN, rounding to pages, compiled kernels. Chosen so that the measured
 # peak of the networks in tests/planning lies below the prediction.
 MARGIN, CONSTANT = 0.03, 3 << 20
-# A matrix product packs its operands piece by piece, never more than this at a time.
-PACKED_BYTES = 4 << 20
+# A matrix product of few rows packs its second operand, up to this size.
+PACKED_BYTES, FEW_ROWS = 16 << 20, 64
 
 # Kept bytes by what keeps them; "segment" is the input of a checkpointed run of units.
 CATEGORIES = ("weight input", "norm input", "neuron input", "pool", "segment", "other")
@@ -168,16 +168,16 @@ class _LiveBytes(TorchDispatchMode):
 def scratch_bytes(func: Any, args: tuple[Any, ...]) -> int:
     """Working memory inside an operation that no tensor shows, on CPU.
 
-    oneDNN reorders the weight, and in the weight gradient sums one copy of it per thread; matrix products pack both
-    operands.
+    oneDNN reorders the weight, and in the weight gradient sums one copy of it per thread; matrix products of few
+    rows pack the weight.
     """
     name = func._schema.name
     if name == "aten::convolution":
         return _bytes(args[1])
     if name == "aten::convolution_backward":
         return _bytes(args[2]) * (1 + torch.get_num_threads())
-    if name in ("aten::mm", "aten::addmm"):
-        return min(PACKED_BYTES, _bytes(args[-2]) + _bytes(args[-1]))
+    if name in ("aten::mm", "aten::addmm") and args[-2].shape[0] <= FEW_ROWS:
+        return min(PACKED_BYTES, _bytes(args[-1]))
     return 0
 
 
@@ -220,9 +220,8 @@ def predicted_bytes(
         fake = {key: _fake(mode, t) for key, t in state.items()}
         fake_x, fake_y = _fake(mode, x), _fake(mode, y)
         with _swapped(model, fake), mode, _LiveBytes() as live:
-            with watch_saved(model) as saved:
-                with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
-                    value = loss(model(fake_x), fake_y)
+            with watch_saved(model) as saved, torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
+                value = loss(model(fake_x), fake_y)
             value.backward()
             del value
     except (torch._subclasses.fake_tensor.DataDependentOutputException, RuntimeError) as error:
@@ -250,9 +249,9 @@ def _swapped(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
             for name, t in table.items():
                 if t is not None:
                     key = f"{prefix}.{name}" if prefix else name
-                    replacement = made.setdefault(id(t), tensors[key] if key in tensors else t)
+                    replacement = made.setdefault(id(t), tensors.get(key, t))
                     real.append((module, name, t))
-                    table[name] = replacement  # type: ignore[assignment]
+                    table[name] = replacement
     try:
         yield
     finally:

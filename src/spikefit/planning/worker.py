@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,10 +25,12 @@ def resident(field: str = "VmRSS") -> int:
 
 
 def main() -> None:
-    job = json.load(sys.stdin)
+    job: dict[str, Any] = json.load(sys.stdin)
     torch.set_num_threads(job["threads"])
     if "target" in job:
-        target = Target(**{**job["target"], "input_shape": job["target"]["input_shape"] and tuple(job["target"]["input_shape"])})
+        target = Target(
+            **{**job["target"], "input_shape": job["target"]["input_shape"] and tuple(job["target"]["input_shape"])}
+        )
         model, autocast, backend = target.build(), target.dtype == "bfloat16", target.backend
         x, y = target.sample(model)
     else:

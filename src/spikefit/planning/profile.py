@@ -1,0 +1,364 @@
+"""`profile`: where the memory, the time and the operations of a training step go."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from spikefit.errors import OptionError
+from spikefit.layers import Readout, SpikingConv1d, SpikingUnit
+from spikefit.models import SpikingNetwork, use_strategy
+from spikefit.neurons import SpikingNeuron
+from spikefit.ops.dispatch import installed, use_backend
+from spikefit.planning.energy import Operations, energy_report, macs_of, operations
+from spikefit.planning.measured import cuda_peak_bytes, measured_peak_bytes, measured_peak_bytes_of
+from spikefit.planning.memory import SavedBytes, predicted_bytes
+from spikefit.planning.target import LossFunction, Target, mean_cross_entropy, training_step
+
+
+@dataclass
+class LayerProfile:
+    """One row of a profile.
+
+    Attributes:
+        name, kind: path of the module, and its class.
+        parameters: number of trainable values.
+        saved_bytes: category -> bytes held between forward and backward.
+        spike_rate: mean of the neuron's output per neuron and step; None without a neuron or a run.
+        macs: multiply-accumulates per sample and step, as if dense.
+        synops, synops_exact: accumulates per sample and sequence, see `Operations`.
+        energy_pj: per sample and sequence.
+    """
+
+    name: str
+    kind: str
+    parameters: int
+    saved_bytes: dict[str, int]
+    spike_rate: float | None = None
+    macs: int | None = None
+    synops: float | None = None
+    synops_exact: float | None = None
+    energy_pj: float | None = None
+
+
+@dataclass
+class Profile:
+    """What one training step costs.
+
+    Attributes:
+        predicted_peak_bytes: peak above the level before the step, from shapes alone.
+        measured_peak_bytes: the same measured, on CPU in a fresh process; None if only predicted.
+        saved_bytes: held between forward and backward, each storage once.
+        step_seconds: median time of a step; None if only predicted.
+        layers: one row per layer.
+        energy: see `energy_report`.
+        categories: bytes of weights, gradients, buffers, input, and of what is held for backward by category.
+        settings: T, batch, dtype, reset, strategy, backend, threads, versions: what belongs beside every ratio.
+    """
+
+    predicted_peak_bytes: int
+    measured_peak_bytes: int | None
+    saved_bytes: int
+    step_seconds: float | None
+    layers: list[LayerProfile]
+    energy: dict[str, Any]
+    categories: dict[str, int]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as JSON can hold it."""
+        return asdict(self)
+
+
+def profile(
+    model: nn.Module | str | Target,
+    sample: Tensor | tuple[Tensor, Tensor] | None = None,
+    *,
+    predict_only: bool = False,
+    strategy: str | None = None,
+    backend: str = "auto",
+    loss: LossFunction = mean_cross_entropy,
+    autocast: bool = False,
+    repeats: int = 3,
+    **target_options: Any,
+) -> Profile:
+    """Measure one training step: bytes by layer and category, peak, time, rates, operations, energy.
+
+    Args:
+        model: a module, the name of a zoo model, "package.module:factory", or a `Target`.
+        sample: input [T, B, ...], or (input, targets); needed for a module, made at random for a name.
+        predict_only: run on shapes alone; nothing is allocated, and there are no times, rates or energies.
+        strategy: set before profiling; None leaves the model as it is.
+        backend: of all operations.
+        loss: (logits, targets) -> scalar.
+        autocast: run under bfloat16 autocast.
+        repeats: timed steps; the median counts.
+        **target_options: fields of `Target` for a name: timesteps, batch, input_shape, options, encoding, dtype.
+
+    Returns:
+        Profile.
+
+    Raises:
+        OptionError: a module without a sample, or an option that does not apply.
+        SpikefitError: the model cannot run on fake tensors, or cannot be handed to a fresh process.
+
+    Example:
+        profile("vgg9", timesteps=4, batch=8, strategy="checkpoint").measured_peak_bytes
+    """
+    target: Target | None = None
+    if isinstance(model, str):
+        target = Target(model, strategy=strategy or "bptt", backend=backend, **target_options)
+    elif isinstance(model, Target):
+        target = model
+    if target is not None:
+        if sample is not None or (isinstance(model, Target) and target_options):
+            raise OptionError(
+                "profile: a named model makes its own sample; give timesteps, batch and input_shape in it."
+            )
+        backend, autocast = target.backend, target.dtype == "bfloat16"
+        module = target.build()
+        x, y = target.sample(module)
+    else:
+        if target_options:
+            raise OptionError(
+                f"profile: {', '.join(target_options)} apply to a model given by name; a module needs sample=x."
+            )
+        if sample is None:
+            raise OptionError(
+                "profile: a module needs a sample, sample=x with x of shape [T, B, ...], or sample=(x, targets)."
+            )
+        module = model  # type: ignore[assignment]
+        x, y = sample if isinstance(sample, tuple) else (sample, torch.zeros(sample.shape[1], dtype=torch.int64))
+        if strategy is not None:
+            use_strategy(module, strategy)
+    with use_backend(backend):
+        return _profile(module, x, y, target, loss, autocast, predict_only, repeats)
+
+
+def _profile(
+    module: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    target: Target | None,
+    loss: LossFunction,
+    autocast: bool,
+    predict_only: bool,
+    repeats: int,
+) -> Profile:
+    was_training = module.training
+    module.train()
+    try:
+        predicted = predicted_bytes(module, x, y, loss=loss, autocast=autocast)
+        counted = _shapes(module, x)
+        rates: dict[str, float] = {}
+        seconds = peak = None
+        if not predict_only:
+            counted, rates = _observe(module, x, autocast)
+            seconds = _step_seconds(module, x, y, loss, autocast, repeats)
+            if x.is_cuda:
+                peak = cuda_peak_bytes(module, x, y, loss, autocast=autocast)
+            elif target is not None:
+                peak = measured_peak_bytes(target)
+            else:
+                peak = measured_peak_bytes_of(module, x, y, autocast=autocast)
+    finally:
+        module.train(was_training)
+    return Profile(
+        predicted_peak_bytes=predicted.peak,
+        measured_peak_bytes=peak,
+        saved_bytes=predicted.saved.total,
+        step_seconds=seconds,
+        layers=_rows(module, predicted.saved, counted, rates),
+        energy=energy_report(list(counted.values())),
+        categories=_categories(module, x, predicted.saved),
+        settings=_settings(module, x, autocast),
+    )
+
+
+def memory_against_timesteps(
+    model: nn.Module, x: Tensor, y: Tensor | None = None, *, timesteps: Sequence[int] = (4, 8, 16, 32)
+) -> list[dict[str, int]]:
+    """Predicted bytes of a training step for other numbers of time steps.
+
+    Args:
+        model: any module; a network of fixed length returns its own T only.
+        x: input [T, B, ...]; its first step stands for all.
+        y: targets [B].
+        timesteps: the values of T.
+
+    Returns:
+        One {timesteps, saved_bytes, predicted_peak_bytes} per T.
+    """
+    y = torch.zeros(x.shape[1], dtype=torch.int64) if y is None else y
+    fixed = [m.timesteps for m in model.modules() if isinstance(m, SpikingNetwork) and m.timesteps is not None]
+    repeated = x.stride(0) == 0 or x.shape[0] == 1
+    rows = []
+    for T in fixed[:1] or timesteps:
+        sequence = x[:1].expand(T, *x.shape[1:])
+        predicted = predicted_bytes(model, sequence if repeated else sequence.contiguous(), y)
+        rows.append({"timesteps": T, "saved_bytes": predicted.saved.total, "predicted_peak_bytes": predicted.peak})
+    return rows
+
+
+def _output_shape(layer: SpikingUnit | Readout, x: Tensor) -> tuple[int, ...]:
+    """Shape of one sample of the current, for the input sequence `x` of a unit or read-out."""
+    if isinstance(layer, Readout):
+        return (layer.linear.out_features,)
+    if isinstance(layer, SpikingConv1d) and layer.over == "time":
+        s = cast(nn.Conv1d, layer.synapse)
+        reach = s.dilation[0] * (s.kernel_size[0] - 1) + 1
+        return s.out_channels, (x.shape[0] + 2 * int(s.padding[0]) - reach) // s.stride[0] + 1
+    return layer.output_shape(tuple(x.shape[2:]))
+
+
+def _synapse(layer: SpikingUnit | Readout) -> nn.Module:
+    return layer.linear if isinstance(layer, Readout) else layer.synapse
+
+
+def _over_time(layer: nn.Module) -> bool:
+    return isinstance(layer, SpikingConv1d) and layer.over == "time"
+
+
+class _Inputs:
+    """Calls `note(name, layer, x)` with the input of every unit and read-out during a forward."""
+
+    def __init__(self, module: nn.Module, note: Any) -> None:
+        layers = {n: m for n, m in module.named_modules() if isinstance(m, SpikingUnit | Readout)}
+        self.handles = [
+            layer.register_forward_pre_hook(lambda m, inputs, n=name: note(n, m, inputs[0]))
+            for name, layer in layers.items()
+        ]
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def _as_operations(layer: SpikingUnit | Readout, x: Tensor) -> Operations:
+    # a convolution over time is one step whose length is time
+    sequence = x.permute(1, 2, 0).unsqueeze(0) if _over_time(layer) else x
+    return operations(_synapse(layer), sequence.detach(), _output_shape(layer, x))
+
+
+def _shapes(module: nn.Module, x: Tensor) -> dict[str, Operations]:
+    """Operations from shapes alone."""
+    counted: dict[str, Operations] = {}
+
+    def note(name: str, layer: SpikingUnit | Readout, x: Tensor) -> None:
+        once = _over_time(layer) or (x.shape[0] > 1 and x.stride(0) == 0)
+        macs = macs_of(_synapse(layer), _output_shape(layer, x))
+        counted[name] = Operations(macs, 1 if once else x.shape[0], False, None)
+
+    with _Inputs(module, note):
+        predicted_bytes(module, x, torch.zeros(x.shape[1], dtype=torch.int64), loss=lambda logits, _: logits.sum())
+    return counted
+
+
+def _observe(module: nn.Module, x: Tensor, autocast: bool) -> tuple[dict[str, Operations], dict[str, float]]:
+    """Operations and spike rates of one real forward; buffers are put back."""
+    counted: dict[str, Operations] = {}
+    rates: dict[str, float] = {}
+    buffers = {name: b.clone() for name, b in module.named_buffers()}
+    handles = [
+        m.register_forward_hook(lambda m, _, out, n=name: rates.__setitem__(n, float(out[0].detach().float().mean())))
+        for name, m in module.named_modules()
+        if isinstance(m, SpikingNeuron)
+    ]
+    with _Inputs(module, lambda name, layer, x: counted.__setitem__(name, _as_operations(layer, x))), torch.no_grad():
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
+            module(x)
+        for name, b in module.named_buffers():
+            b.copy_(buffers[name])
+    for handle in handles:
+        handle.remove()
+    return counted, rates
+
+
+def _step_seconds(module: nn.Module, x: Tensor, y: Tensor, loss: LossFunction, autocast: bool, repeats: int) -> float:
+    """Median time of a training step after one that warms up; gradients and buffers are put back."""
+    if repeats < 1:
+        raise OptionError(f"profile: repeats must be at least 1, got {repeats}.")
+    gradients = {name: p.grad for name, p in module.named_parameters()}
+    buffers = {name: b.clone() for name, b in module.named_buffers()}
+    seconds = []
+    for i in range(repeats + 1):
+        module.zero_grad(set_to_none=True)
+        start = time.perf_counter()
+        training_step(module, x, y, loss, autocast=autocast)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        if i > 0:
+            seconds.append(time.perf_counter() - start)
+    for name, p in module.named_parameters():
+        p.grad = gradients[name]
+    with torch.no_grad():
+        for name, b in module.named_buffers():
+            b.copy_(buffers[name])
+    return statistics.median(seconds)
+
+
+def _rows(
+    module: nn.Module, saved: SavedBytes, counted: dict[str, Operations], rates: dict[str, float]
+) -> list[LayerProfile]:
+    """One row per layer that has a weight, keeps something or fires, in network order."""
+    modules = dict(module.named_modules())
+    names = [n for n in modules if n and (n in counted or n in saved.layers)]
+    names += [n for n in saved.layers if n not in names]
+    rows = []
+    for name in names:
+        layer, ops = modules.get(name), counted.get(name)
+        fired = next((rate for neuron, rate in rates.items() if neuron in (name, f"{name}.neuron")), None)
+        rows.append(
+            LayerProfile(
+                name=name,
+                kind=type(layer).__name__ if layer is not None else "network",
+                parameters=sum(p.numel() for p in layer.parameters() if p.requires_grad) if layer is not None else 0,
+                saved_bytes=saved.layers.get(name, {}),
+                spike_rate=fired,
+                macs=ops.macs if ops else None,
+                synops=ops.synops if ops else None,
+                synops_exact=ops.synops_exact if ops else None,
+                energy_pj=ops.energy_pj if ops else None,
+            )
+        )
+    return rows
+
+
+def _categories(module: nn.Module, x: Tensor, saved: SavedBytes) -> dict[str, int]:
+    weights = sum(p.numel() * p.element_size() for p in module.parameters())
+    return {
+        "weights": weights,
+        "gradients": sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad),
+        "buffers": sum(b.numel() * b.element_size() for b in module.buffers()),
+        "input": x.untyped_storage().nbytes(),
+        **{f"kept: {name}": count for name, count in saved.categories().items()},
+    }
+
+
+def _settings(module: nn.Module, x: Tensor, autocast: bool) -> dict[str, Any]:
+    neurons = [m for m in module.modules() if isinstance(m, SpikingNeuron)]
+    resets = sorted(
+        {"none" if not n.reset else "soft" if n.v_reset is None else f"hard to {n.v_reset:g}" for n in neurons}
+    )
+    networks = [m for m in module.modules() if isinstance(m, SpikingNetwork)]
+    return {
+        "timesteps": x.shape[0],
+        "batch": x.shape[1],
+        "sample_shape": list(x.shape[2:]),
+        "repeated_input": x.shape[0] > 1 and x.stride(0) == 0,
+        "dtype": "bfloat16 autocast" if autocast else str(x.dtype).removeprefix("torch."),
+        "reset": ", ".join(resets),
+        "detach_reset": sorted({n.detach_reset for n in neurons}),
+        "strategy": ", ".join(sorted({str(n.strategy) for n in networks})) or "bptt",
+        "device": str(x.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "numba": installed("numba"),
+    }
