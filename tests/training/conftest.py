@@ -1,7 +1,10 @@
 """Small recipes that train in a moment."""
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
+import torch
 
 from spikefit.training import load_recipe
 
@@ -11,6 +14,24 @@ SMALL = {
     "model": {"name": "mlp", "hidden": [16]},
     "train": {"optimizer": "sgd", "lr": 0.05, "epochs": 2},
 }
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch):
+    """Tiny networks gain nothing from threads, and waiting for each other takes long on a machine that is busy."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "1")
+    settings = [(torch.get_num_threads, torch.set_num_threads)]
+    if find_spec("numba"):
+        import numba
+
+        settings.append((numba.get_num_threads, numba.set_num_threads))
+    before = [get() for get, _ in settings]
+    for _, put in settings:
+        put(1)
+    yield
+    for (_, put), count in zip(settings, before, strict=True):
+        put(count)
 
 
 @pytest.fixture
