@@ -137,9 +137,8 @@ def _dense(x: Tensor) -> Tensor:
 def _empty(piece: Tensor, T: int, B: int) -> Tensor:
     """[T, B, ...] in the memory order of `piece`."""
     shape = (T * B, *piece.shape[1:])
-    if piece.ndim == 4:
-        return piece.new_empty(shape).contiguous(memory_format=torch.channels_last).unflatten(0, (T, B))
-    return piece.new_empty(shape).unflatten(0, (T, B))
+    order = torch.channels_last if piece.ndim == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=piece.dtype, device=piece.device, memory_format=order).unflatten(0, (T, B))
 
 
 class StandardizedConv2d(nn.Conv2d):
