@@ -48,7 +48,8 @@ def apply_weight(module: Weight, x: Tensor, *, chunk: int | None = None) -> Tens
         stride: tuple[int, ...] = module.stride
         if set(module.kernel_size) == {1} and set(module.padding) == {0} and max(stride) > 1:
             # oneDNN writes out of bounds in the weight gradient of strided 1x1 convolutions (seen in torch 2.13 on CPU)
-            x, stride = x[(..., *(slice(None, None, s) for s in stride))], (1,) * len(stride)
+            x = x[..., :: stride[0]] if len(stride) == 1 else x[..., :: stride[0], :: stride[1]]
+            stride = (1,) * len(stride)
         geometry = (stride, module.padding, module.dilation, module.groups)
     return _Stepwise.apply(x, weight, bias, geometry, chunk)
 

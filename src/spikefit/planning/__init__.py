@@ -3,7 +3,7 @@
 from spikefit.planning.energy import Operations, energy_report
 from spikefit.planning.memory import PredictedBytes, SavedBytes, predicted_bytes, saved_bytes, watch_saved
 from spikefit.planning.profile import Profile, memory_against_timesteps, profile
-from spikefit.planning.target import Target
+from spikefit.planning.target import Target, random_sample
 
 __all__ = [
     "Operations",
@@ -15,6 +15,7 @@ __all__ = [
     "memory_against_timesteps",
     "predicted_bytes",
     "profile",
+    "random_sample",
     "saved_bytes",
     "watch_saved",
 ]

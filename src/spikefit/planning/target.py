@@ -74,19 +74,33 @@ class Target:
         shape = self.input_shape or getattr(model, "input_shape", None)
         if shape is None:
             raise OptionError(f"profile: {self.model} has no input_shape; give image=CxHxW or input_shape=C.")
-        generator = torch.Generator().manual_seed(0)
-        dtype = torch.float64 if self.dtype == "float64" else torch.float32
-        repeated = self.encoding == "repeat" or (self.encoding is None and len(shape) == 3)
-        if repeated:
-            image = torch.rand((self.batch, *shape), generator=generator).to(dtype)
-            x = image.expand(self.timesteps, *image.shape)
-        else:
-            x = torch.rand((self.timesteps, self.batch, *shape), generator=generator).to(dtype)
-        return x, torch.zeros(self.batch, dtype=torch.int64)
+        repeated = None if self.encoding is None else self.encoding == "repeat"
+        x, y = random_sample(tuple(shape), self.timesteps, self.batch, repeated=repeated)
+        if self.dtype == "float64":
+            # only the first step is converted, so that a repeated one stays a view
+            x = x[:1].double().expand(x.shape) if x.stride(0) == 0 else x.double()
+        return x, y
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON can hold them."""
         return asdict(self)
+
+
+def random_sample(
+    shape: tuple[int, ...], timesteps: int, batch: int, *, repeated: bool | None = None
+) -> tuple[Tensor, Tensor]:
+    """Random input [T, B, *shape] in [0, 1) and targets [B].
+
+    Args:
+        shape: of one sample.
+        timesteps, batch: T and B.
+        repeated: one sample at every step, as static images are shown; None does so for images (C, H, W).
+    """
+    generator = torch.Generator().manual_seed(0)
+    if repeated is None:
+        repeated = len(shape) == 3
+    x = torch.rand((1 if repeated else timesteps, batch, *shape), generator=generator)
+    return x.expand(timesteps, *x.shape[1:]), torch.zeros(batch, dtype=torch.int64)
 
 
 def _factory(text: str) -> Callable[..., Any]:

@@ -50,7 +50,7 @@ def evaluate(
     Example:
         spikefit.evaluate("runs/demo")["accuracy"]
     """
-    found = _open(checkpoint)
+    found = open_checkpoint(checkpoint)
     chosen = load_recipe(recipe if recipe is not None else found.state["recipe"])
     dataset = load_split(chosen, split)
     fabric, model = _restored(found, chosen, dataset)
@@ -77,7 +77,7 @@ def predict(
         ShapeError: samples of another shape than the model was trained with.
         DataError: no sample.
     """
-    found = _open(checkpoint)
+    found = open_checkpoint(checkpoint)
     chosen = load_recipe(recipe if recipe is not None else found.state["recipe"])
     fabric, model = _restored(found, chosen, None)
     if isinstance(inputs, np.ndarray) and inputs.dtype.names is None:
@@ -181,7 +181,7 @@ def _summed(fabric: Fabric, values: Tensor) -> Tensor:
     return reduced.cpu()
 
 
-def _open(checkpoint: str | Path) -> Checkpoint:
+def open_checkpoint(checkpoint: str | Path) -> Checkpoint:
     if Path(checkpoint).suffix == ".toml":
         raise CheckpointError(
             f"checkpoint {checkpoint}: a recipe has no weights; give the folder that train(out=...) wrote."

@@ -1,0 +1,205 @@
+"""What `list` and `env` tell."""
+
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+from spikefit.errors import OptionError
+
+Row = dict[str, Any]
+
+
+def listing(what: str | None, model: str | None) -> list[Row]:
+    """Rows of one kind of thing; without a kind, what can be listed.
+
+    Raises:
+        OptionError: an unknown kind; near ones are listed.
+    """
+    from spikefit.training.options import near
+
+    if what is None:
+        return [{"name": name, "summary": summary} for name, (summary, _) in KINDS.items()]
+    if what not in KINDS:
+        raise OptionError(f"list: expected one of {', '.join(KINDS)}, got {what!r}.{near(what, KINDS)}")
+    if model is not None and what != "strategies":
+        raise OptionError(f"list: only 'list strategies' takes a model, got {model!r} behind {what!r}.")
+    if model is not None:
+        return _strategies_for(model)
+    return KINDS[what][1]()
+
+
+def _models() -> list[Row]:
+    from spikefit.models import MODELS
+    from spikefit.models.table import model_options
+
+    return [{"name": n, "summary": kind.summary, "options": ", ".join(model_options(n))} for n, kind in MODELS.items()]
+
+
+def _strategies() -> list[Row]:
+    from spikefit.engines import STRATEGIES
+
+    return [
+        {"name": n, "gradient": "exact" if kind.exact else "approximate", "summary": kind.summary}
+        for n, kind in STRATEGIES.items()
+    ]
+
+
+def _strategies_for(model: str) -> list[Row]:
+    """Every strategy with yes, or no and why, for one model."""
+    from spikefit.cli.targets import read_recipe
+    from spikefit.engines import STRATEGIES
+    from spikefit.errors import StrategyError
+    from spikefit.models import use_strategy
+    from spikefit.training import build_model
+
+    network, rows = build_model(read_recipe(model, {})), []
+    for name, kind in STRATEGIES.items():
+        try:
+            use_strategy(network, name)
+            applies = "yes"
+        except StrategyError as error:
+            applies = f"no: {error}"
+        gradient = "exact" if kind.exact else "approximate"
+        rows.append({"name": name, "applies": applies, "gradient": gradient, "summary": kind.summary})
+    return rows
+
+
+def _neurons() -> list[Row]:
+    from spikefit.neurons import NEURONS
+    from spikefit.neurons.table import neuron_options
+
+    return [
+        {"name": n, "summary": (cls.__doc__ or "").splitlines()[0], "options": ", ".join(sorted(neuron_options(cls)))}
+        for n, cls in NEURONS.items()
+    ]
+
+
+def _norms() -> list[Row]:
+    from spikefit.layers import NORMS, create_norm
+
+    summaries = {
+        "bn": "batch norm over time, batch and space",
+        "tdbn": "the same, weight starting at v_threshold",
+        "step_bn": "batch norm of every step apart",
+        "ws": "none; the weight is standardised",
+        "none": "none; the weight has a bias",
+    }
+    scopes = {n: getattr(create_norm(n, 1), "time_scope", "none") for n in NORMS}
+    return [{"name": n, "time_scope": scopes[n], "summary": summaries[n]} for n in NORMS]
+
+
+def _surrogates() -> list[Row]:
+    from spikefit.ops.surrogate import MAKERS
+
+    return [{"name": str(make()), "summary": (make.__doc__ or "").splitlines()[0]} for make in MAKERS.values()]
+
+
+def _data() -> list[Row]:
+    from spikefit.data import DATASETS, dataset_options
+
+    return [
+        {"name": n, "summary": kind.summary, "options": ", ".join(dataset_options(n))} for n, kind in DATASETS.items()
+    ]
+
+
+def _encodings() -> list[Row]:
+    from spikefit.encoding import ENCODINGS
+
+    return [{"name": n, "summary": (f.__doc__ or "").splitlines()[0]} for n, f in ENCODINGS.items()]
+
+
+def _losses() -> list[Row]:
+    from spikefit.losses import LOSSES
+
+    return [{"name": n, "summary": (cls.__doc__ or "").splitlines()[0]} for n, cls in LOSSES.items()]
+
+
+def _backends() -> list[Row]:
+    import torch
+
+    from spikefit.ops import dispatch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.empty(1, 1, device=device)
+    refusals = {
+        "reference": None,
+        "numba": dispatch.numba_refusal(torch.empty(1, 1)),
+        "triton": dispatch.auto_triton_refusal(x),
+    }
+    summaries = {"reference": "plain torch, the meaning", "numba": "CPU", "triton": "CUDA"}
+    return [
+        {"name": n, "runs here": "yes" if r is None else f"no: {r}", "summary": summaries[n]}
+        for n, r in refusals.items()
+    ]
+
+
+def _recipes() -> list[Row]:
+    from pathlib import Path
+
+    from spikefit.training import load_recipe
+
+    found = sorted(Path("recipes").glob("*.toml"))
+    if not found:
+        raise OptionError("list: expected a folder recipes/ with .toml files here, found none.")
+    rows = []
+    for path in found:
+        recipe = load_recipe(path)
+        rows.append({"name": str(path), "model": recipe.model.name, "data": recipe.data.name, "status": recipe.status})
+    return rows
+
+
+KINDS: dict[str, tuple[str, Any]] = {
+    "models": ("networks of the zoo", _models),
+    "strategies": ("how gradients are obtained", _strategies),
+    "neurons": ("neuron equations", _neurons),
+    "norms": ("norms", _norms),
+    "surrogates": ("slopes of the spike in backward", _surrogates),
+    "data": ("data sets", _data),
+    "encodings": ("from samples to sequences", _encodings),
+    "losses": ("losses", _losses),
+    "backends": ("which kernels run here", _backends),
+    "recipes": ("recipe files of this folder", _recipes),
+}
+
+PACKAGES = (
+    "numba",
+    "triton",
+    "lightning-fabric",
+    "safetensors",
+    "pydantic",
+    "rich",
+    "typer",
+    "plotly",
+    "scikit-learn",
+    "pillow",
+    "torchvision",
+)
+
+
+def environment_rows() -> list[Row]:
+    """Versions, device, threads, backends and optional packages."""
+    import numpy as np
+    import torch
+
+    import spikefit
+
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    facts = {
+        "spikefit": spikefit.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "cuda device": cuda,
+        "cores": str(os.cpu_count()),
+        "torch threads": str(torch.get_num_threads()),
+        "SPIKEFIT_DATA": os.environ.get("SPIKEFIT_DATA", "not set; data are looked for in ./data"),
+    }
+    facts |= {f"backend {row['name']}": row["runs here"] for row in _backends()}
+    for package in PACKAGES:
+        try:
+            facts[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            facts[package] = "not installed"
+    return [{"name": name, "value": value} for name, value in facts.items()]

@@ -1,0 +1,122 @@
+"""How results look in a terminal."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from spikefit.reporting.table import as_text, grid
+
+MIB = 1 << 20
+
+
+def _print(header: list[str], body: list[list[str]], *, caption: str | None = None, text: int = 1) -> None:
+    console = Console()
+    print(
+        as_text(
+            grid(header, body, caption=caption, text=text), width=max(80, console.width) if console.is_terminal else 160
+        )
+    )
+
+
+def show_rows(rows: list[dict[str, Any]]) -> None:
+    """A table of texts, one column per key."""
+    header = list(rows[0])
+    _print(header, [[str(row.get(key, "")) for key in header] for row in rows], text=len(header))
+
+
+def show_record(record: dict[str, Any]) -> None:
+    """What a training run ended with."""
+    rates = record["spike_rates"]
+    facts = {
+        "test accuracy": f"{100 * record['accuracy']:.2f} %",
+        "test loss": f"{record['loss']:.4f}",
+        "updates": str(record["steps"]),
+        "time per update": f"{1000 * record['step_seconds']:.1f} ms (median)",
+        "parameters": f"{record['parameters']:,}",
+        "firing rates": f"{100 * min(rates.values()):.1f} to {100 * max(rates.values()):.1f} %" if rates else "none",
+        "checkpoint": record["checkpoint"] or "none kept; give --out DIR",
+    }
+    if record["note"]:
+        facts["note"] = record["note"]
+    _print(["result", ""], [[k, v] for k, v in facts.items()], text=2)
+
+
+def show_evaluation(result: dict[str, Any]) -> None:
+    """Accuracy, loss and rates of a split."""
+    _print(
+        ["result", ""],
+        [
+            [f"{result['split']} accuracy", f"{100 * result['accuracy']:.2f} % of {result['samples']} samples"],
+            ["loss", f"{result['loss']:.4f}"],
+            ["mean firing rate", f"{100 * result['spike_rate']:.1f} %"],
+            ["checkpoint", result["checkpoint"]],
+        ],
+        text=2,
+    )
+
+
+def show_predictions(rows: list[dict[str, Any]]) -> None:
+    """One line per sample."""
+    _print(
+        ["sample", "class", "probability"],
+        [[str(r["sample"]), r["class"], f"{r['probability']:.3f}"] for r in rows],
+        text=2,
+    )
+
+
+def show_study(target: Path, rows: list[dict[str, Any]], out: Path | None) -> None:
+    """The table that the study wrote, and where it is."""
+    from spikefit.reporting.study_file import read_study
+
+    folder = out if out is not None else Path("runs") / read_study(target).name
+    print((folder / "table.txt").read_text(encoding="utf-8"))
+    print(
+        f"Written: {folder / 'report.html'} (open it in a browser), {folder / 'study.json'} and {folder / 'table.txt'}"
+    )
+
+
+def show_profile(target: str, result: dict[str, Any]) -> None:
+    """One line per layer, the totals, and what the energy assumes."""
+    body = []
+    for layer in result["layers"]:
+        kept = layer["saved_bytes"]
+        body.append(
+            [
+                layer["name"],
+                layer["kind"],
+                f"{layer['parameters']:,}",
+                f"{sum(kept.values()) / MIB:.2f}",
+                _or(layer["spike_rate"], lambda v: f"{100 * v:.1f}"),
+                _or(layer["macs"], lambda v: f"{v / 1e6:.2f}"),
+                _or(layer["synops"], lambda v: f"{v / 1e6:.2f}"),
+                _or(layer["energy_pj"], lambda v: f"{v * 1e-6:.2f}"),
+            ]
+        )
+    settings = result["settings"]
+    reset = f"{settings['reset']} reset"
+    _print(
+        ["layer", "kind", "parameters", "kept MiB", "rate %", "M MACs", "M SynOps", "energy uJ"],
+        body,
+        caption=f"{target}, T={settings['timesteps']}, batch {settings['batch']}, {settings['dtype']}, {reset}, "
+        f"strategy {settings['strategy']}; MACs per step, SynOps and energy per sample.",
+        text=2,
+    )
+    measured, seconds, energy = result["measured_peak_bytes"], result["step_seconds"], result["energy"]
+    totals = [
+        ["kept for backward", f"{result['saved_bytes'] / MIB:.1f} MiB"],
+        *[[name, f"{count / MIB:.1f} MiB"] for name, count in result["categories"].items()],
+        ["peak of a step, predicted", f"{result['predicted_peak_bytes'] / MIB:.1f} MiB above weights and input"],
+        ["peak of a step, measured", _or(measured, lambda v: f"{v / MIB:.1f} MiB above weights and input")],
+        ["time of a step", _or(seconds, lambda v: f"{1000 * v:.1f} ms (median)")],
+        ["energy of one inference", _or(energy["snn_pj"], lambda v: f"{v * 1e-6:.2f} uJ")],
+        ["energy of its ANN twin", f"{energy['ann_pj'] * 1e-6:.2f} uJ"],
+    ]
+    _print(["total", ""], totals, text=2)
+    print("Energy assumes:")
+    for line in energy["assumptions"]:
+        print(f"  - {line}")
+
+
+def _or(value: Any, form: Any) -> str:
+    return "-" if value is None else form(value)
