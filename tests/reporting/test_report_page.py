@@ -19,6 +19,7 @@ def test_memory_by_layer_stacks_categories_on_one_scale(rows):
     bptt, checkpoint = plots[:2]
     assert [trace["name"] for trace in bptt["data"]] == ["membrane", "spikes"]
     assert bptt["data"][0]["x"] == [9.0, 4.0, 1.0]
+    assert bptt["data"][0]["y"][0] == "blocks.0 SpikingConv2d"
     assert checkpoint["data"][1]["x"] == [9 / 8, 4 / 8, 1 / 8]
     assert bptt["layout"]["xaxis"]["range"] == checkpoint["layout"]["xaxis"]["range"]
     assert bptt["data"][0]["marker"]["color"] == checkpoint["data"][0]["marker"]["color"]

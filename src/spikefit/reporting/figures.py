@@ -20,7 +20,7 @@ def memory_by_layer(rows: Sequence[Row]) -> list[Plot]:
     widest = max((sum(_categories(layer).values()) for row in rows for layer in row["layers"]), default=0)
     plots = []
     for row in rows:
-        names = [layer["name"] for layer in row["layers"]]
+        names = [_label(layer) for layer in row["layers"]]
         traces = [
             bar(
                 x=[_categories(layer).get(category, 0) / MIB for layer in row["layers"]],
@@ -117,7 +117,7 @@ def spike_rates(rows: Sequence[Row]) -> list[Plot]:
 
     def values(row: Row) -> dict[str, float]:
         return {
-            layer["name"]: 100 * layer["spike_rate"]
+            _label(layer): 100 * layer["spike_rate"]
             for layer in row.get("layers") or []
             if layer.get("spike_rate") is not None
         }
@@ -130,7 +130,7 @@ def energy_per_layer(rows: Sequence[Row]) -> list[Plot]:
 
     def values(row: Row) -> dict[str, float]:
         return {
-            layer["name"]: layer["energy_pj"] * 1e-6
+            _label(layer): layer["energy_pj"] * 1e-6
             for layer in row.get("layers") or []
             if layer.get("energy_pj") is not None
         }
@@ -174,6 +174,11 @@ def _by_layer(
 
 def _names(rows: Sequence[Row]) -> list[str]:
     return [row["strategy"] for row in rows]
+
+
+def _label(layer: Row) -> str:
+    """Name and kind; what belongs to no layer stands under its name alone."""
+    return layer["name"] if layer["name"].startswith("(") else f"{layer['name']} {layer.get('kind', '')}".strip()
 
 
 def _categories(layer: Row) -> dict[str, float]:

@@ -64,7 +64,8 @@ def _figures(rows: Sequence[Row]) -> list[Section]:
         Section(
             "Memory by layer and category",
             "What each layer holds between forward and backward; all strategies on one scale, one colour per "
-            f"category.{at}",
+            "category. A segment is the input of a run of layers that backward runs again; what only that second run "
+            f"holds counts in the peak.{at}",
             figures.memory_by_layer(rows),
             _layer_tables(rows),
         ),

@@ -33,7 +33,9 @@ def grid(header: Sequence[str], body: Sequence[Sequence[str]], *, caption: str |
     """A plain rich table; the first `text` columns are text, the others are right-aligned numbers."""
     made = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False, title_justify="left")
     for i, name in enumerate(header):
-        made.add_column(name, justify="left" if i < text else "right", no_wrap=i < text, overflow="fold")
+        # lines break between words only, as far as the terminal has room
+        longest = max(len(word) for cell in (name, *(line[i] for line in body)) for word in (cell.split() or [""]))
+        made.add_column(name, justify="left" if i < text else "right", no_wrap=i < text, min_width=longest)
     for line in body:
         made.add_row(*line)
     return made
