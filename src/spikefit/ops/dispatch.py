@@ -15,6 +15,8 @@ Backend = Literal["auto", "reference", "numba", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 _default: contextvars.ContextVar[str] = contextvars.ContextVar("spikefit_backend", default="auto")
+# The same for torch.compile, which cannot read context variables but traces again when a global has changed.
+_default_when_traced = "auto"
 
 # A module looked up once: find_spec reads the disk.
 _installed: dict[str, bool] = {}
@@ -43,11 +45,14 @@ def use_backend(backend: Backend | str) -> Iterator[None]:
         with spikefit.use_backend("reference"):
             logits = model(x)
     """
-    token = _default.set(check_backend(backend))
+    global _default_when_traced
+    before, _default_when_traced = _default_when_traced, check_backend(backend)
+    token = _default.set(backend)
     try:
         yield
     finally:
         _default.reset(token)
+        _default_when_traced = before
 
 
 def check_backend(backend: str) -> str:
@@ -59,7 +64,9 @@ def check_backend(backend: str) -> str:
 
 def resolve(backend: str) -> str:
     """The wish that counts: `backend`, or the default of `use_backend` where it is "auto"."""
-    return _default.get() if check_backend(backend) == "auto" else backend
+    if check_backend(backend) != "auto":
+        return backend
+    return _default_when_traced if torch.compiler.is_compiling() else _default.get()
 
 
 def choose(backend: str, *, triton: str | None, numba: str | None) -> str:
@@ -111,6 +118,11 @@ def triton_refusal(x: torch.Tensor) -> str | None:
     if x.device.type == "cpu" and triton_interpreted():
         return None
     return f"Triton kernels run on CUDA tensors, got a tensor on {x.device} (TRITON_INTERPRET=1 runs them on CPU)."
+
+
+# what torch.compiler.assume_constant_result does, without its import of the compiler, which takes seconds
+for _function in (installed, triton_interpreted):
+    setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def auto_triton_refusal(x: torch.Tensor) -> str | None:

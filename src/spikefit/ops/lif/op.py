@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spikefit.errors import ShapeError, StateError
+from spikefit.errors import BackendError, ShapeError, StateError
 from spikefit.ops import dispatch
 from spikefit.ops.lif import reference
 from spikefit.ops.lif.equation import Equation, check_coefficients
@@ -86,7 +86,7 @@ def lif(
     chosen = _choose(x, equation, backend)
     if chosen == "reference":
         return reference.lif(x, v_0, leak=leak, gain=gain, v_threshold=v_threshold, equation=equation)
-    return _lif_forward(x, v_0, learned, *constants, *_flat(equation), chosen)  # type: ignore[no-any-return]
+    return _lif_forward(x, v_0, learned, *constants, *_flat(equation), chosen)
 
 
 def lif_backward(
@@ -109,8 +109,9 @@ def lif_backward(
 ) -> LIFGradients:
     """The gradient of `lif`, given the gradients of its two results.
 
-    The membrane is rebuilt from `x`. If `spikes` are given they take the place of the threshold in that pass, so that an
-    `x` which was recomputed, and is off by rounding, cannot flip a spike: |error of u| <= gain |error of x| / (1 - leak).
+    The membrane is rebuilt from `x`. If `spikes` are given they take the place of the threshold in that pass, so that
+    an `x` which was recomputed, and is off by rounding, cannot flip a spike:
+    |error of u| <= gain |error of x| / (1 - leak).
 
     Args:
         g: dL/ds, [T, B, ...].
@@ -123,7 +124,7 @@ def lif_backward(
         LIFGradients; `x` has shape and dtype of `x`, the rest is in the compute dtype.
 
     Raises:
-        As `lif`; ShapeError also if `g` or `spikes` differ from `x` in shape.
+        As `lif`; ShapeError also if `g` or `spikes` differ from `x` in shape, StateError if `q` differs from `v_0`.
     """
     equation = Equation.make(
         v_reset=v_reset, reset=reset, v_rest=v_rest, strict=strict, detach_reset=detach_reset, surrogate=surrogate
@@ -135,6 +136,10 @@ def lif_backward(
                 f"lif_backward: {name} must have the shape of x, {tuple(x.shape)}, got {tuple(tensor.shape)}."
             )
     q = torch.zeros_like(v_0) if q is None else q
+    if q.shape != v_0.shape:
+        raise StateError(
+            f"lif_backward: expected q, the gradient of the last membrane, {tuple(v_0.shape)}, got {tuple(q.shape)}."
+        )
     constants, learned = _coefficients(leak, gain, v_threshold, v_0)
     chosen = _choose(x, equation, backend)
     with torch.no_grad():
@@ -163,8 +168,8 @@ def _checked_state(who: str, x: Tensor, v_0: Tensor | None) -> Tensor:
         return torch.zeros_like(x[0], dtype=compute, requires_grad=False)
     if v_0.shape != x.shape[1:] or v_0.dtype != compute or v_0.device != x.device:
         raise StateError(
-            f"{who}: expected a membrane {tuple(x.shape[1:])} {compute} on {x.device}, got {tuple(v_0.shape)} {v_0.dtype} "
-            f"on {v_0.device}. Pass the state of this batch, or None to start from zero."
+            f"{who}: expected a membrane {tuple(x.shape[1:])} {compute} on {x.device}, got {tuple(v_0.shape)} "
+            f"{v_0.dtype} on {v_0.device}. Pass the state of this batch, or None to start from zero."
         )
     return v_0
 
@@ -210,7 +215,8 @@ class Layout:
     """
 
     def __init__(self, x: Tensor) -> None:
-        inner = sorted(range(1, x.ndim), key=lambda i: (-x.stride(i), i))
+        strides = x.stride()
+        inner = sorted(range(1, x.ndim), key=lambda i: (-strides[i], i))
         self.order = (0, *inner)
         self.shape = tuple(x.shape[i] for i in self.order)
         step = x[0].permute([i - 1 for i in inner])
@@ -375,3 +381,10 @@ def _backward(ctx, g, q):
 
 
 _lif_forward.register_autograd(_backward, setup_context=_save_inputs)
+
+
+def _no_second_derivative(ctx, *gradients):
+    raise BackendError("lif: the compiled kernels have no second derivative; call lif with backend='reference'.")
+
+
+_lif_backward.register_autograd(_no_second_derivative)

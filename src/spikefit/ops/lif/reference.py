@@ -19,13 +19,13 @@ class Fire(torch.autograd.Function):
     """s = [d >= 0] (or d > 0 when strict) with the slope of the surrogate in backward."""
 
     @staticmethod
-    def forward(ctx, d: Tensor, surrogate: Surrogate, strict: bool) -> Tensor:  # type: ignore[override]
+    def forward(ctx, d: Tensor, surrogate: Surrogate, strict: bool) -> Tensor:
         ctx.save_for_backward(d)
         ctx.surrogate = surrogate
         return (d > 0 if strict else d >= 0).to(d.dtype)
 
     @staticmethod
-    def backward(ctx, g: Tensor):  # type: ignore[override]
+    def backward(ctx, g: Tensor):
         (d,) = ctx.saved_tensors
         return g * ctx.surrogate.slope(d), None, None
 
@@ -49,7 +49,7 @@ def after_reset(u: Tensor, s: Tensor, v_threshold: Scalar, equation: Equation) -
 
 def fire(u: Tensor, v_threshold: Scalar, equation: Equation) -> Tensor:
     """s = [u >= theta], differentiable through the surrogate."""
-    return Fire.apply(u - v_threshold, equation.surrogate, equation.strict)  # type: ignore[no-any-return]
+    return Fire.apply(u - v_threshold, equation.surrogate, equation.strict)
 
 
 def lif(

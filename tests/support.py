@@ -1,0 +1,116 @@
+"""What several test files share: exact inputs, counting of kept bytes, and the runs of the LIF op that are compared."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from spikefit.ops import dispatch
+from spikefit.ops.lif import lif
+
+_reason = dispatch.triton_refusal(torch.zeros(1))
+# "triton" as a test parameter: on CPU tensors, in Triton's interpreter
+TRITON = pytest.param("triton", marks=pytest.mark.skipif(_reason is not None, reason=str(_reason)))
+KERNELS = ["numba", TRITON]
+
+EQUATIONS: dict[str, dict] = {
+    "soft": {},
+    "soft, rest": {"v_rest": 0.25},
+    "hard": {"v_reset": 0.0},
+    "hard, level": {"v_reset": 0.25},
+    "hard, level, rest": {"v_reset": -0.25, "v_rest": 0.125},
+    "none": {"reset": False},
+}
+COEFFICIENTS = {"leak": 0.5, "gain": 0.75, "v_threshold": 1.0}
+
+
+def dyadic(*shape: int, low: float = -1.0, high: float = 2.0, seed: int = 0) -> Tensor:
+    """Random multiples of 1/16 in [low, high), float32 [*shape]; sums of a few are exact: rounding flips no spike."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(int(low * 16), int(high * 16), shape, generator=generator) / 16
+
+
+def assert_same_spikes(got: Tensor, wanted: Tensor) -> None:
+    """Bit for bit the same spikes, of a layer that is neither silent nor saturated."""
+    rate = wanted.float().mean()
+    assert 0.05 < rate < 0.95, f"a silent or saturated layer proves nothing, the rate is {rate:.3f}"
+    assert got.dtype == wanted.dtype
+    assert torch.equal(got, wanted), f"{int((got != wanted).sum())} of {wanted.numel()} spikes differ"
+
+
+def assert_close(got: Tensor, wanted: Tensor, tolerance: float, what: str = "") -> None:
+    """|got - wanted| <= tolerance * max(1, largest |wanted|)."""
+    assert got.dtype == wanted.dtype, f"{what}: {got.dtype} instead of {wanted.dtype}"
+    assert got.shape == wanted.shape, f"{what}: {tuple(got.shape)} instead of {tuple(wanted.shape)}"
+    got, wanted = got.double(), wanted.double()
+    error = (got - wanted).abs().max() / wanted.abs().max().clamp(min=1)
+    assert error <= tolerance, f"{what}: error {error:.2e}"
+
+
+def saved_bytes(forward: Callable[[], object]) -> int:
+    """Bytes that autograd holds after `forward()`, each storage counted once."""
+    held: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        held[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()
+    total = sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+    del result
+    return total
+
+
+def backends_called(function: Callable[[], object]) -> set[str]:
+    """The backends that LIF kernels ran on during `function()`; empty if only the reference ran."""
+    called = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op.name() in ("spikefit::lif", "spikefit::lif_backward"):
+                called.update({"numba", "triton"}.intersection(a for a in args if isinstance(a, str)))
+            return op(*args, **(kwargs or {}))
+
+    with Watch():
+        function()
+    return called
+
+
+def run_lif(
+    backend: str,
+    x: Tensor,
+    v_0: Tensor,
+    *,
+    learn: tuple[str, ...] = (),
+    outputs: tuple[str, ...] = ("spikes", "v_T"),
+    coefficients: dict[str, float] = COEFFICIENTS,
+    **options,
+) -> dict[str, Tensor]:
+    """Forward and backward of `lif` with fixed random gradients: results and gradients by name."""
+    inputs = {"d x": x.detach().requires_grad_(), "d v_0": v_0.detach().requires_grad_()}
+    numbers: dict[str, float | Tensor] = dict(coefficients)
+    for name in learn:
+        numbers[name] = torch.tensor(coefficients[name], dtype=v_0.dtype, device=x.device, requires_grad=True)
+        inputs[f"d {name}"] = numbers[name]
+    spikes, v_T = lif(inputs["d x"], inputs["d v_0"], **numbers, **options, backend=backend)
+    results = {"spikes": spikes, "v_T": v_T}
+    generator = torch.Generator().manual_seed(1)
+    loss = torch.zeros((), dtype=v_0.dtype, device=x.device)
+    for name in outputs:
+        weight = torch.randn(results[name].shape, generator=generator, dtype=v_0.dtype).to(x.device)
+        loss = loss + (results[name] * weight.to(results[name].dtype)).sum()
+    gradients = torch.autograd.grad(loss, list(inputs.values()))
+    return {name: r.detach() for name, r in results.items()} | dict(zip(inputs, gradients, strict=True))
+
+
+def assert_same_run(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
+    """Same spikes and last membrane bit for bit; gradients within `tolerance`."""
+    assert got.keys() == wanted.keys()
+    assert_same_spikes(got["spikes"], wanted["spikes"])
+    assert torch.equal(got["v_T"], wanted["v_T"])
+    for name in got.keys() - {"spikes", "v_T"}:
+        assert wanted[name].abs().max() > 0, f"{name}: a zero gradient proves nothing"
+        assert_close(got[name], wanted[name], tolerance, name)
