@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spikefit.ops.lif.equation import RESETS, Equation
 from spikefit.ops.surrogate import FORMS
+from spikefit.ops.threads import use_torch_threads
 
 # Bytes of membrane that one block holds in backward; half of a common 512 KiB second-level cache.
 BLOCK_BYTES = 128 * 1024
@@ -33,7 +34,7 @@ def forward(x_RN: Tensor, v_0: Tensor, spikes_TN: Tensor, v_T: Tensor, coefficie
             spikes_TN[:, cut] = scratch
         return
     number = _number(v_0)
-    _use_torch_threads()
+    use_torch_threads()
     _forward(
         x_RN.numpy(),
         v_0.numpy(),
@@ -82,7 +83,7 @@ def backward(
     number = _number(v_0)
     block = _block(g_TN.shape[0], v_0.element_size())
     sums = np.zeros((-(-v_0.numel() // block), 3))
-    _use_torch_threads()
+    use_torch_threads()
     _backward(
         g_TN.numpy(),
         q.numpy(),
@@ -121,10 +122,6 @@ def _half_blocks(rows: Tensor) -> list[slice]:
     T, N = rows.shape
     width = max(64, HALF_BLOCK // T)
     return [slice(i, min(N, i + width)) for i in range(0, N, width)]
-
-
-def _use_torch_threads() -> None:
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
 
 
 @numba.njit(cache=True, error_model="numpy")

@@ -9,6 +9,8 @@ import torch
 from numba import prange
 from torch import Tensor
 
+from spikefit.ops.threads import use_torch_threads
+
 # Elements per block of rows: large enough to hide the start of a block, small enough to share out evenly.
 BLOCK_ELEMENTS = 1 << 15
 
@@ -18,7 +20,7 @@ def sums(z_TMCS: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def affine(z_TMCS: Tensor, scale_RC: Tensor, shift_RC: Tensor, out_TMCS: Tensor) -> None:
-    _use_torch_threads()
+    use_torch_threads()
     for z, out, cut in _steps(z_TMCS, out_TMCS):
         scale, shift = (v[cut if v.shape[0] > 1 else slice(0, 1)].numpy() for v in (scale_RC, shift_RC))
         result = out if out.dtype == scale_RC.dtype else torch.empty_like(out, dtype=scale_RC.dtype)
@@ -30,7 +32,7 @@ def affine(z_TMCS: Tensor, scale_RC: Tensor, shift_RC: Tensor, out_TMCS: Tensor)
 def gradient_sums(g_TMCS: Tensor, z_TMCS: Tensor) -> tuple[Tensor, Tensor]:
     _, M, C, _ = z_TMCS.shape
     first, second = [], []
-    _use_torch_threads()
+    use_torch_threads()
     squares = g_TMCS is z_TMCS
     for g, z, _ in _steps(g_TMCS, z_TMCS):
         z = z.to(_compute(z))
@@ -44,7 +46,7 @@ def gradient_sums(g_TMCS: Tensor, z_TMCS: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def combine(g_TMCS: Tensor, z_TMCS: Tensor, a_RC: Tensor, b_RC: Tensor, c_RC: Tensor, out_TMCS: Tensor) -> None:
-    _use_torch_threads()
+    use_torch_threads()
     for g, z, out, cut in _steps(g_TMCS, z_TMCS, out_TMCS):
         a, b, c = (v[cut if v.shape[0] > 1 else slice(0, 1)].numpy() for v in (a_RC, b_RC, c_RC))
         result = out if out.dtype == a_RC.dtype else torch.empty_like(out, dtype=a_RC.dtype)
@@ -69,10 +71,6 @@ def _steps(*tensors: Tensor):
 def _rows(z_TMCS: Tensor) -> int:
     """Rows per block; depends on the shape of one step only, so pieces of a sequence sum alike."""
     return max(1, BLOCK_ELEMENTS // (z_TMCS.shape[2] * z_TMCS.shape[3]))
-
-
-def _use_torch_threads() -> None:
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
 
 
 @numba.njit(cache=True, error_model="numpy", parallel=True)
