@@ -34,13 +34,16 @@ def forward(x_RN: Tensor, v_0: Tensor, spikes_TN: Tensor, v_T: Tensor, coefficie
             spikes_TN[:, cut] = scratch
         return
     number = _number(v_0)
+    leak, gain, theta = map(number, coefficients)
     use_torch_threads()
     _forward(
         x_RN.numpy(),
         v_0.numpy(),
         spikes_TN.numpy(),
         v_T.numpy(),
-        *map(number, coefficients),
+        leak,
+        gain,
+        theta,
         RESETS.index(equation.reset),
         number(equation.v_reset),
         number(equation.v_rest),
@@ -81,6 +84,7 @@ def backward(
             dx_TN[:, cut] = scratch
         return total
     number = _number(v_0)
+    leak, gain, theta = map(number, coefficients)
     block = _block(g_TN.shape[0], v_0.element_size())
     sums = np.zeros((-(-v_0.numel() // block), 3))
     use_torch_threads()
@@ -93,7 +97,9 @@ def backward(
         dx_TN.numpy(),
         dv_0.numpy(),
         sums,
-        *map(number, coefficients),
+        leak,
+        gain,
+        theta,
         RESETS.index(equation.reset),
         number(equation.v_reset),
         number(equation.v_rest),
