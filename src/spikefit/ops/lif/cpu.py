@@ -17,8 +17,10 @@ from spikefit.ops.lif.equation import RESETS, Equation
 from spikefit.ops.surrogate import FORMS
 from spikefit.ops.threads import use_torch_threads
 
-# Bytes of membrane that one block holds in backward; half of a common 512 KiB second-level cache.
-BLOCK_BYTES = 128 * 1024
+# Bytes of membrane that one block holds in backward; half of a 1 MiB second-level cache.
+BLOCK_BYTES = 512 * 1024
+# Most neurons per block: one row of a float32 block then fills 32 KiB, and memory is read in long runs.
+BLOCK_NEURONS = 8192
 # Elements converted at a time from and to half precision.
 HALF_BLOCK = 1 << 20
 
@@ -119,8 +121,8 @@ def _number(v: Tensor):
 
 
 def _block(T: int, element_size: int) -> int:
-    """Neurons per block: a multiple of 16, at least 64, at most 2048."""
-    return max(64, min(2048, BLOCK_BYTES // (T * element_size) // 16 * 16))
+    """Neurons per block: a multiple of 16, at least 64, at most `BLOCK_NEURONS`."""
+    return max(64, min(BLOCK_NEURONS, BLOCK_BYTES // (T * element_size) // 16 * 16))
 
 
 def _half_blocks(rows: Tensor) -> list[slice]:
@@ -131,40 +133,31 @@ def _half_blocks(rows: Tensor) -> list[slice]:
 
 
 @numba.njit(cache=True, error_model="numpy")
-def _charge(v, x, u, leak, gain, v_rest):
-    """u <- membrane before the reset; `u` may be `v`."""
-    if v_rest == 0:
-        for i in range(u.size):
-            u[i] = leak * v[i] + gain * x[i]
-    else:
-        for i in range(u.size):
-            u[i] = v_rest + leak * (v[i] - v_rest) + gain * x[i]
+def _charge(v, x, leak, gain, v_rest):
+    """The membrane before the reset."""
+    return leak * v + gain * x if v_rest == 0 else v_rest + leak * (v - v_rest) + gain * x
 
 
 @numba.njit(cache=True, error_model="numpy")
-def _fire(u, s, theta, strict):
-    """s <- 1 where u reaches theta, else 0."""
-    one, zero = u.dtype.type(1), u.dtype.type(0)
-    if strict:
-        for i in range(u.size):
-            s[i] = one if u[i] > theta else zero
-    else:
-        for i in range(u.size):
-            s[i] = one if u[i] >= theta else zero
+def _fire(u, theta, strict):
+    """1 where u reaches theta, else 0."""
+    return type(u)(1) if u > theta or (u == theta and not strict) else type(u)(0)
 
 
 @numba.njit(cache=True, error_model="numpy")
-def _reset(u, s, v, theta, reset, v_reset):
-    """v <- membrane after the reset; `v` may be `u`."""
-    if reset == SOFT:
-        for i in range(v.size):
-            v[i] = u[i] - theta * s[i]
-    elif reset == HARD:
-        for i in range(v.size):
-            v[i] = u[i] + s[i] * (v_reset - u[i])
-    else:
-        for i in range(v.size):
-            v[i] = u[i]
+def _reset(u, s, theta, reset, v_reset):
+    """The membrane after the reset."""
+    return u - theta * s if reset == SOFT else u + s * (v_reset - u) if reset == HARD else u
+
+
+@numba.njit(cache=True, error_model="numpy")
+def _advance(x, v, s, leak, gain, theta, reset, v_reset, v_rest, strict):
+    """One step: s <- spikes, v <- membrane after the reset."""
+    for i in range(v.size):
+        u = _charge(v[i], x[i], leak, gain, v_rest)
+        fired = _fire(u, theta, strict)
+        s[i] = fired
+        v[i] = _reset(u, fired, theta, reset, v_reset)
 
 
 @numba.njit(cache=True, error_model="numpy", parallel=True)
@@ -174,11 +167,23 @@ def _forward(x_RN, v_0, spikes_TN, v_T, leak, gain, theta, reset, v_reset, v_res
         lo, hi = b * block, min(N, (b + 1) * block)
         v = v_0[lo:hi].copy()
         for t in range(T):
-            s = spikes_TN[t, lo:hi]
-            _charge(v, x_RN[t if x_RN.shape[0] > 1 else 0, lo:hi], v, leak, gain, v_rest)
-            _fire(v, s, theta, strict)
-            _reset(v, s, v, theta, reset, v_reset)
+            x = x_RN[t if x_RN.shape[0] > 1 else 0, lo:hi]
+            _advance(x, v, spikes_TN[t, lo:hi], leak, gain, theta, reset, v_reset, v_rest, strict)
         v_T[lo:hi] = v
+
+
+@numba.njit(cache=True, error_model="numpy")
+def _rebuild(x, v, u, s, given, leak, gain, theta, reset, v_reset, v_rest, strict):
+    """One step again: u <- membrane before the reset, v <- after it; resets where `s` fired if `given`."""
+    if given:
+        for i in range(v.size):
+            u[i] = _charge(v[i], x[i], leak, gain, v_rest)
+            v[i] = _reset(u[i], s[i], theta, reset, v_reset)
+    else:
+        for i in range(v.size):
+            charged = _charge(v[i], x[i], leak, gain, v_rest)
+            u[i] = charged
+            v[i] = _reset(charged, _fire(charged, theta, strict), theta, reset, v_reset)
 
 
 @numba.njit(cache=True, error_model="numpy")
@@ -209,66 +214,76 @@ def _slope(u, out, theta, kind, p):
             out[i] = one / (d * d)
 
 
+@numba.njit(cache=True, error_model="numpy")
+def _adjoint(u, s, given, slope, g, q, dx, leak, gain, theta, reset, v_reset, strict, a):
+    """One step back: slope <- D = dL/du, dx <- gain D, q <- leak D."""
+    one = u.dtype.type(1)
+    if reset == SOFT:
+        for i in range(u.size):
+            d = g[i] * slope[i] + q[i] * (one - a * theta * slope[i])
+            slope[i], dx[i], q[i] = d, gain * d, leak * d
+    elif reset == HARD:
+        for i in range(u.size):
+            fired = s[i] if given else _fire(u[i], theta, strict)
+            d = g[i] * slope[i] + q[i] * ((one - fired) + a * (v_reset - u[i]) * slope[i])
+            slope[i], dx[i], q[i] = d, gain * d, leak * d
+    else:
+        for i in range(u.size):
+            d = g[i] * slope[i] + q[i]
+            slope[i], dx[i], q[i] = d, gain * d, leak * d
+
+
+@numba.njit(cache=True, error_model="numpy")
+def _threshold_sum(u, s, given, slope, g, q, theta, reset, v_reset, strict, a):
+    """The share of one step in d theta; `q` is still that of the step behind."""
+    total = 0.0
+    for i in range(u.size):
+        fired = s[i] if given else _fire(u[i], theta, strict)
+        total -= g[i] * slope[i]
+        if reset == SOFT:
+            total += q[i] * (a * theta * slope[i] - fired)
+        elif reset == HARD:
+            total -= q[i] * a * (v_reset - u[i]) * slope[i]
+    return total
+
+
+@numba.njit(cache=True, error_model="numpy")
+def _product_sum(d, x, origin):
+    total = 0.0
+    for i in range(d.size):
+        total += d[i] * (x[i] - origin)
+    return total
+
+
 @numba.njit(cache=True, error_model="numpy", parallel=True)
 def _backward(
     g_TN, q_N, x_RN, v_0, spikes_TN, dx_TN, dv_0, sums,
     leak, gain, theta, reset, v_reset, v_rest, strict, a, kind, p, block, want_coefficients,
 ):  # fmt: skip
     T, N = g_TN.shape
-    given, one = spikes_TN.shape[0] > 0, v_0.dtype.type(1)
+    given = spikes_TN.shape[0] > 0
     for b in prange((N + block - 1) // block):
         lo, hi = b * block, min(N, (b + 1) * block)
         n = hi - lo
-        u_all = np.empty((T, n), v_0.dtype)
-        v, s, slope = v_0[lo:hi].copy(), np.empty(n, v_0.dtype), np.empty(n, v_0.dtype)
+        # v_all[t] is the membrane that step t starts from, kept only for the gradient of leak
+        u_all, v_all = np.empty((T, n), v_0.dtype), np.empty((T if want_coefficients else 0, n), v_0.dtype)
+        v, slope = v_0[lo:hi].copy(), np.empty(n, v_0.dtype)
         for t in range(T):
-            _charge(v, x_RN[t if x_RN.shape[0] > 1 else 0, lo:hi], u_all[t], leak, gain, v_rest)
-            if given:
-                s[:] = spikes_TN[t, lo:hi]
-            else:
-                _fire(u_all[t], s, theta, strict)
-            _reset(u_all[t], s, v, theta, reset, v_reset)
+            if want_coefficients:
+                v_all[t] = v
+            x, u = x_RN[t if x_RN.shape[0] > 1 else 0, lo:hi], u_all[t]
+            s = spikes_TN[t, lo:hi] if given else u
+            _rebuild(x, v, u, s, given, leak, gain, theta, reset, v_reset, v_rest, strict)
 
         q = q_N[lo:hi].copy()
         for t in range(T - 1, -1, -1):
             u, g, dx = u_all[t], g_TN[t, lo:hi], dx_TN[t, lo:hi]
+            s = spikes_TN[t, lo:hi] if given else u
             _slope(u, slope, theta, kind, p)
-            if given:
-                s[:] = spikes_TN[t, lo:hi]
-            else:
-                _fire(u, s, theta, strict)
             if want_coefficients:
-                for i in range(n):
-                    if reset == SOFT:
-                        c = -s[i] + a * theta * slope[i]
-                    elif reset == HARD:
-                        c = -a * (v_reset - u[i]) * slope[i]
-                    else:
-                        c = one - one
-                    sums[b, 2] += -g[i] * slope[i] + q[i] * c
-            if reset == SOFT:
-                for i in range(n):
-                    q[i] = g[i] * slope[i] + q[i] * (one - a * theta * slope[i])
-            elif reset == HARD:
-                for i in range(n):
-                    q[i] = g[i] * slope[i] + q[i] * ((one - s[i]) + a * (v_reset - u[i]) * slope[i])
-            else:
-                for i in range(n):
-                    q[i] = g[i] * slope[i] + q[i]
+                sums[b, 2] += _threshold_sum(u, s, given, slope, g, q, theta, reset, v_reset, strict, a)
+            _adjoint(u, s, given, slope, g, q, dx, leak, gain, theta, reset, v_reset, strict, a)
             if want_coefficients:
-                if t == 0:
-                    v[:] = v_0[lo:hi]
-                else:
-                    if given:
-                        s[:] = spikes_TN[t - 1, lo:hi]
-                    else:
-                        _fire(u_all[t - 1], s, theta, strict)
-                    _reset(u_all[t - 1], s, v, theta, reset, v_reset)
-                x = x_RN[t if x_RN.shape[0] > 1 else 0, lo:hi]
-                for i in range(n):
-                    sums[b, 0] += q[i] * (v[i] - v_rest)
-                    sums[b, 1] += q[i] * x[i]
-            for i in range(n):
-                dx[i] = gain * q[i]
-                q[i] = leak * q[i]
+                sums[b, 0] += _product_sum(slope, v_all[t], v_rest)
+                sums[b, 1] += _product_sum(slope, x_RN[t if x_RN.shape[0] > 1 else 0, lo:hi], v_rest * 0)
         dv_0[lo:hi] = q
