@@ -27,7 +27,9 @@ def measured_peak_bytes(target: Target) -> int:
     return _run({"target": target.to_dict()})
 
 
-def measured_peak_bytes_of(model: nn.Module, x: Tensor, y: Tensor, *, autocast: bool = False) -> int:
+def measured_peak_bytes_of(
+    model: nn.Module, x: Tensor, y: Tensor, *, backend: str = "auto", autocast: bool = False
+) -> int:
     """As `measured_peak_bytes`, for a model in memory: it is handed over in a temporary file of our own.
 
     Raises:
@@ -42,7 +44,7 @@ def measured_peak_bytes_of(model: nn.Module, x: Tensor, y: Tensor, *, autocast: 
                 f"profile: {type(model).__name__} cannot be handed to a fresh process ({error}); give the name of a "
                 "factory instead, package.module:function."
             ) from error
-        return _run({"file": str(path), "autocast": autocast})
+        return _run({"file": str(path), "backend": backend, "autocast": autocast})
 
 
 def cuda_peak_bytes(

@@ -13,7 +13,7 @@ from spikefit.errors import OptionError
 from spikefit.layers import Readout, SpikingConv1d, SpikingUnit
 from spikefit.models import SpikingNetwork, use_strategy
 from spikefit.neurons import SpikingNeuron
-from spikefit.ops.dispatch import installed, use_backend
+from spikefit.ops.dispatch import installed, resolve, use_backend
 from spikefit.planning.energy import Operations, energy_report, macs_of, operations
 from spikefit.planning.measured import cuda_peak_bytes, measured_peak_bytes, measured_peak_bytes_of
 from spikefit.planning.memory import SavedBytes, predicted_bytes
@@ -164,7 +164,7 @@ def _profile(
             elif target is not None:
                 peak = measured_peak_bytes(target)
             else:
-                peak = measured_peak_bytes_of(module, x, y, autocast=autocast)
+                peak = measured_peak_bytes_of(module, x, y, backend=resolve("auto"), autocast=autocast)
     finally:
         module.train(was_training)
     return Profile(

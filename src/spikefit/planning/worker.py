@@ -36,7 +36,7 @@ def main() -> None:
     else:
         # the file was written a moment ago by the process that started this one
         model, x, y = torch.load(job["file"], weights_only=False)
-        autocast, backend = job["autocast"], "auto"
+        autocast, backend = job["autocast"], job["backend"]
     model.train()
     with use_backend(backend):
         # two samples load libraries and compile kernels, which is no memory of the step
