@@ -1,6 +1,6 @@
 """spikefit: train any spiking neural network in the memory you have.
 
-The names below are the public ones; everything else is reached through its room, for example `spikefit.data.load_dataset`.
+The names below are the public ones; everything else is reached through its room: `spikefit.encoding.repeat`.
 Importing the package needs torch and numpy only; a name whose room needs more is imported when it is first used.
 """
 

@@ -16,7 +16,7 @@ import torch
 def use_torch_threads() -> None:
     """Let the next numba kernels run on `torch.get_num_threads()` threads (at most those numba was started with)."""
     _share_runtime()
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -27,6 +27,6 @@ def _share_runtime() -> None:
         # a symbol of the global scope goes before the one of the library that numba's layer names itself
         with contextlib.suppress(OSError):
             ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)
+    numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     # the start of numba's layer sets the thread count of the runtime, which is now torch's too
     torch.set_num_threads(threads)

@@ -67,6 +67,9 @@ def locate(key: str, values: Mapping[str, Any]) -> tuple[str, str]:
     known = known_keys(values)
     if dotted in known:
         return known[dotted], dotted
+    if ":" in values["model"].get("name", ""):
+        # a factory of the user's own: whatever no section knows is an option of it
+        return "model", dotted
     raise RecipeError(f"recipe: {unknown_key(key, sorted({*known, *ALIASES, *NAMED}))}")
 
 

@@ -1,0 +1,233 @@
+"""The command line as users type it: every verb, the key=value grammar, and one sentence for every mistake."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from spikefit.cli import main
+from spikefit.errors import OptionError
+
+RECIPE = """
+seed = 1
+data = { name = "digits", batch_size = 32, limit = 96 }
+encoding = { name = "repeat", timesteps = 2 }
+model = { name = "mlp", hidden = [16] }
+neuron = { name = "lif", tau = 2.0, decay_input = false, v_threshold = 1.0, v_reset = "soft", detach_reset = true }
+train = { optimizer = "adamw", lr = 0.01, epochs = 1 }
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "small.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture
+def run(capsys):
+    """run("verb", ...) -> (exit status, standard output, standard error)."""
+
+    def call(*words):
+        with pytest.raises(SystemExit) as stopped:
+            main(list(words))
+        seen = capsys.readouterr()
+        return stopped.value.code, seen.out, seen.err
+
+    return call
+
+
+def test_train_evaluate_predict(run, recipe, tmp_path):
+    status, out, _ = run("train", str(recipe), "epochs=2", "train.lr=0.02", "--out", "run", "--json")
+    record = json.loads(out)
+    assert status == 0
+    assert (record["recipe"]["train"]["epochs"], record["recipe"]["train"]["lr"]) == (2, 0.02)
+    assert len(record["history"]) == 2
+
+    status, out, _ = run("evaluate", "run", "--json")
+    result = json.loads(out)
+    assert status == 0
+    assert result["accuracy"] == record["accuracy"]
+    assert json.loads(run("evaluate", "run", "--split", "train", "--json")[1])["split"] == "train"
+    assert f"{100 * record['accuracy']:.2f} %" in run("evaluate", "run")[1]
+
+    samples = np.random.default_rng(0).random((5, 1, 8, 8), dtype=np.float32)
+    np.save(tmp_path / "samples.npy", samples)
+    np.savez(tmp_path / "samples.npz", x=samples)
+    status, out, _ = run("predict", "run", "samples.npy", "--json")
+    rows = json.loads(out)
+    assert status == 0
+    assert [r["sample"] for r in rows] == list(range(5))
+    assert all(r["class"] in "0123456789" and 0.1 <= r["probability"] <= 1 for r in rows)
+    assert json.loads(run("predict", "run", "samples.npz", "--json")[1]) == rows
+    assert "probability" in run("predict", "run", "samples.npy")[1]
+
+    status, _, err = run("train", str(recipe), "epochs=2", "--out", "run")
+    assert status == 2
+    assert "--resume" in err or "resume" in err
+    assert run("train", str(recipe), "epochs=2", "train.lr=0.02", "--out", "run", "--resume", "--json")[0] == 0
+
+
+def test_train_prints_a_result(run, recipe):
+    status, out, err = run("train", str(recipe))
+    assert status == 0
+    assert "test accuracy" in out
+    assert "firing rates" in out
+    assert "Traceback" not in err
+
+
+def test_profile_prints_json_and_a_table(run):
+    words = ("vgg9", "timesteps=2", "batch=2", "image=3x16x16", "width=0.0625", "strategy=checkpoint", "--predict-only")
+    status, out, err = run("profile", *words, "--json")
+    seen = json.loads(out)
+    assert (status, err) == (0, "")
+    assert {"predicted_peak_bytes", "measured_peak_bytes", "saved_bytes", "step_seconds", "layers", "energy"} <= set(
+        seen
+    )
+    assert (seen["settings"]["timesteps"], seen["settings"]["batch"]) == (2, 2)
+    assert (seen["settings"]["strategy"], seen["settings"]["sample_shape"]) == ("checkpoint", [3, 16, 16])
+    status, out, _ = run("profile", *words)
+    assert status == 0
+    for text in ("blocks.0", "kept MiB", "peak of a step, predicted", "Energy assumes"):
+        assert text in out
+
+
+def test_profile_of_an_own_factory(run, tmp_path, monkeypatch):
+    (tmp_path / "mynet.py").write_text(
+        "import spikefit\n"
+        "from spikefit.layers import Readout\n"
+        "def make(hidden=8):\n"
+        "    blocks = [spikefit.SpikingLinear(4, hidden), Readout(hidden, 3)]\n"
+        "    return spikefit.SpikingNetwork(blocks, input_shape=(4,))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    status, out, err = run("profile", "mynet:make", "hidden=16", "timesteps=3", "batch=2", "--predict-only", "--json")
+    assert status == 0, err
+    assert json.loads(out)["layers"][0]["parameters"] == 4 * 16 + 2 * 16
+
+
+def test_compare_and_study(run, recipe, tmp_path):
+    status, out, _ = run("compare", str(recipe), "strategies=bptt,checkpoint:1", "--out", "both")
+    assert status == 0
+    assert "checkpoint:1" in out
+    assert "report.html" in out
+    rows = json.loads((tmp_path / "both" / "compare.json").read_text())
+    keys = {"strategy", "exact", "accuracy", "loss", "peak_bytes", "saved_bytes", "step_seconds", "max_gradient_error"}
+    assert [row["strategy"] for row in rows] == ["bptt", "checkpoint:1"]
+    assert all(keys <= set(row) for row in rows)
+    assert rows[0]["accuracy"] == rows[1]["accuracy"]
+    assert rows[1]["max_gradient_error"] < 1e-5
+
+    (tmp_path / "tau.toml").write_text(
+        'recipe = "small.toml"\nseeds = [0]\nmemory = false\n'
+        '[[variants]]\nname = "short"\nset = { "neuron.tau" = 1.5 }\n'
+        '[[variants]]\nname = "long"\nset = { "neuron.tau" = 4.0 }\n'
+    )
+    status, out, err = run("study", "tau.toml", "--out", "table")
+    assert status == 0, err
+    assert "short" in out
+    assert "long" in out
+    assert (tmp_path / "table" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    "what", ["models", "strategies", "neurons", "norms", "surrogates", "data", "encodings", "losses", "backends"]
+)
+def test_list(run, what):
+    status, out, _ = run("list", what, "--json")
+    assert status == 0
+    rows = json.loads(out)
+    assert rows
+    assert all(row["name"] for row in rows)
+    assert rows[0]["name"].split("(")[0] in run("list", what)[1]
+
+
+def test_list_without_a_word_and_for_a_model(run):
+    assert "strategies" in run("list")[1]
+    rows = json.loads(run("list", "strategies", "har_mlp", "--json")[1])
+    assert {row["name"]: row["applies"] for row in rows} == {"bptt": "yes", "checkpoint": "yes"}
+
+
+def test_env(run):
+    status, out, _ = run("env", "--json")
+    facts = json.loads(out)
+    assert status == 0
+    assert facts["torch"] == torch.__version__
+    assert facts["backend reference"] == "yes"
+
+
+MISTAKES = [
+    (["trian", "x"], 2, "train"),
+    (["profile", "vgg8"], 2, "Did you mean"),
+    (["profile", "vgg9", "timestps=3"], 2, "Did you mean timesteps"),
+    (["profile", "vgg9", "timesteps"], 2, "key=value"),
+    (["profile", "vgg9", "batch=2", "batch=3"], 2, "given twice"),
+    (["profile", "vgg9", "timesteps=0"], 2, "at least 1"),
+    (["profile", "vgg9", "image=3x4x4"], 2, "at least 8 pixels"),
+    (["profile", "vgg9", "strategy=chekpoint"], 2, "Did you mean checkpoint"),
+    (["profile", "nowhere:make"], 2, "nowhere"),
+    (["train", "missing.toml"], 2, "found none"),
+    (["train", "vgg9"], 2, "data.name is missing"),
+    (["train", "small.toml", "data=mnist", "root=nothing"], 2, "expected a folder"),
+    (["train", "small.toml", "limit=0"], 2, "at least 1 sample"),
+    (["train", "small.toml", "lr=fast"], 2, "lr"),
+    (["train", "small.toml", "--resume"], 2, "--out"),
+    (["train", "small.toml", "lr=3e37", "epochs=3", "--out", "broken"], 2, "expected a finite loss"),
+    (["evaluate", "nothing"], 2, "nothing"),
+    (["predict", "nothing", "x.npy"], 2, "nothing"),
+    (["compare", "small.toml", "strategies=bptt,bptt"], 2, "bptt"),
+    (["study", "missing.toml"], 2, "missing.toml"),
+    (["list", "modles"], 2, "Did you mean models"),
+    (["list", "models", "vgg9"], 2, "only 'list strategies'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "text"), MISTAKES, ids=lambda v: " ".join(v) if isinstance(v, list) else ""
+)
+def test_a_mistake_ends_with_one_sentence(run, recipe, tmp_path, words, status, text):
+    before = {p.name for p in tmp_path.iterdir()}
+    code, out, err = run(*words)
+    sentence = [line for line in err.splitlines() if line.startswith("spikefit: ")]
+    assert code == status, err
+    assert out == ""
+    assert len(sentence) == 1
+    assert text in sentence[0]
+    assert "Traceback" not in err
+    left = {p.name for p in tmp_path.iterdir()} - before - {"broken"}
+    assert not left, "something half-written is left behind"
+
+
+def test_a_checkpoint_of_another_model_is_refused(run, recipe):
+    assert run("train", str(recipe), "--out", "run", "--json")[0] == 0
+    status, _, err = run("evaluate", "run", "hidden=[24]")
+    assert status == 2
+    assert "(24, 64)" in err or "24" in err
+    assert "Traceback" not in err
+
+
+def test_debug_shows_the_traceback_anywhere(recipe):
+    with pytest.raises(OptionError):
+        main(["--debug", "profile", "vgg8"])
+    with pytest.raises(OptionError):
+        main(["profile", "vgg8", "--debug"])
+
+
+def test_as_a_program(tmp_path):
+    call = [sys.executable, "-c", "from spikefit.cli import main; main()"]
+    version = subprocess.run([*call, "--version"], capture_output=True, text=True)
+    assert (version.returncode, version.stderr) == (0, "")
+    assert version.stdout.strip().count(".") == 2
+    quick = (
+        "import sys; from spikefit.cli import app; sys.argv = ['spikefit', '--help']\n"
+        "try: app.main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules, 'help loads torch'"
+    )
+    help_ = subprocess.run([sys.executable, "-c", quick], capture_output=True, text=True)
+    assert help_.returncode == 0, help_.stderr
+    assert "profile" in help_.stdout
