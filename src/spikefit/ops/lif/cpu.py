@@ -19,8 +19,8 @@ from spikefit.ops.threads import use_torch_threads
 
 # Bytes of membrane that one block holds in backward; half of a 1 MiB second-level cache.
 BLOCK_BYTES = 512 * 1024
-# Most neurons per block: one row of a float32 block then fills 32 KiB, and memory is read in long runs.
-BLOCK_NEURONS = 8192
+# Most neurons per block: one row of a float32 block then fills 64 KiB, and memory is read in long runs.
+BLOCK_NEURONS = 16384
 # Elements converted at a time from and to half precision.
 HALF_BLOCK = 1 << 20
 
@@ -215,44 +215,42 @@ def _slope(u, out, theta, kind, p):
 
 
 @numba.njit(cache=True, error_model="numpy")
-def _adjoint(u, s, given, slope, g, q, dx, leak, gain, theta, reset, v_reset, strict, a):
-    """One step back: slope <- D = dL/du, dx <- gain D, q <- leak D."""
-    one = u.dtype.type(1)
+def _to_membrane(g, slope, q, u, fired, theta, reset, v_reset, a):
+    """D = dL/du of one neuron and step, from g = dL/ds and q = dL/dv."""
+    one = type(u)(1)
     if reset == SOFT:
-        for i in range(u.size):
-            d = g[i] * slope[i] + q[i] * (one - a * theta * slope[i])
-            slope[i], dx[i], q[i] = d, gain * d, leak * d
-    elif reset == HARD:
-        for i in range(u.size):
-            fired = s[i] if given else _fire(u[i], theta, strict)
-            d = g[i] * slope[i] + q[i] * ((one - fired) + a * (v_reset - u[i]) * slope[i])
-            slope[i], dx[i], q[i] = d, gain * d, leak * d
-    else:
-        for i in range(u.size):
-            d = g[i] * slope[i] + q[i]
-            slope[i], dx[i], q[i] = d, gain * d, leak * d
+        return g * slope + q * (one - a * theta * slope)
+    if reset == HARD:
+        return g * slope + q * ((one - fired) + a * (v_reset - u) * slope)
+    return g * slope + q
 
 
 @numba.njit(cache=True, error_model="numpy")
-def _threshold_sum(u, s, given, slope, g, q, theta, reset, v_reset, strict, a):
-    """The share of one step in d theta; `q` is still that of the step behind."""
-    total = 0.0
+def _adjoint(u, s, given, slope, g, q, dx, leak, gain, theta, reset, v_reset, strict, a):
+    """One step back: dx <- gain D, q <- leak D."""
     for i in range(u.size):
         fired = s[i] if given else _fire(u[i], theta, strict)
-        total -= g[i] * slope[i]
-        if reset == SOFT:
-            total += q[i] * (a * theta * slope[i] - fired)
-        elif reset == HARD:
-            total -= q[i] * a * (v_reset - u[i]) * slope[i]
-    return total
+        d = _to_membrane(g[i], slope[i], q[i], u[i], fired, theta, reset, v_reset, a)
+        dx[i], q[i] = gain * d, leak * d
 
 
 @numba.njit(cache=True, error_model="numpy")
-def _product_sum(d, x, origin):
-    total = 0.0
-    for i in range(d.size):
-        total += d[i] * (x[i] - origin)
-    return total
+def _add_sums(out_3, u, s, given, slope, g, q, v, x, theta, reset, v_reset, v_rest, strict, a):
+    """Add the share of one step in d(leak, gain, theta), before `_adjoint`; `v` is where the step starts."""
+    d_leak = d_gain = d_theta = 0.0
+    for i in range(u.size):
+        fired = s[i] if given else _fire(u[i], theta, strict)
+        d = _to_membrane(g[i], slope[i], q[i], u[i], fired, theta, reset, v_reset, a)
+        d_leak += d * (v[i] - v_rest)
+        d_gain += d * x[i]
+        d_theta -= g[i] * slope[i]
+        if reset == SOFT:
+            d_theta += q[i] * (a * theta * slope[i] - fired)
+        elif reset == HARD:
+            d_theta -= q[i] * (a * (v_reset - u[i]) * slope[i])
+    out_3[0] += d_leak
+    out_3[1] += d_gain
+    out_3[2] += d_theta
 
 
 @numba.njit(cache=True, error_model="numpy", parallel=True)
@@ -281,9 +279,7 @@ def _backward(
             s = spikes_TN[t, lo:hi] if given else u
             _slope(u, slope, theta, kind, p)
             if want_coefficients:
-                sums[b, 2] += _threshold_sum(u, s, given, slope, g, q, theta, reset, v_reset, strict, a)
+                x = x_RN[t if x_RN.shape[0] > 1 else 0, lo:hi]
+                _add_sums(sums[b], u, s, given, slope, g, q, v_all[t], x, theta, reset, v_reset, v_rest, strict, a)
             _adjoint(u, s, given, slope, g, q, dx, leak, gain, theta, reset, v_reset, strict, a)
-            if want_coefficients:
-                sums[b, 0] += _product_sum(slope, v_all[t], v_rest)
-                sums[b, 1] += _product_sum(slope, x_RN[t if x_RN.shape[0] > 1 else 0, lo:hi], v_rest * 0)
         dv_0[lo:hi] = q
