@@ -13,11 +13,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+# passive: threads that wait sleep, so a busy machine does not slow the demo down twentyfold
 demo: $(STAMP)
-	$(BIN)/spikefit compare recipes/demo.toml strategies=bptt,checkpoint --out runs/demo
+	OMP_WAIT_POLICY=passive $(BIN)/spikefit compare recipes/demo.toml strategies=bptt,checkpoint --out runs/demo
 
+# several test processes share the cores, so a thread that waits must not spin
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_OPTIONS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_OPTIONS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
