@@ -1,0 +1,81 @@
+"""Losses: their equations, single steps, labels of every step, and what they refuse."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from spikefit.errors import OptionError, ShapeError
+from spikefit.losses import LOSSES, create_loss
+
+T, B, K = 5, 4, 3
+
+
+def sample():
+    torch.manual_seed(0)
+    return torch.randn(T, B, K, requires_grad=True), torch.tensor([0, 2, 1, 1])
+
+
+def test_equations():
+    o, y = sample()
+    steps = torch.stack([F.cross_entropy(o_t, y) for o_t in o]).mean()
+    torch.testing.assert_close(create_loss("ce_mean")(o, y), F.cross_entropy(o.mean(0), y))
+    torch.testing.assert_close(create_loss("ce_steps")(o, y), steps)
+    tet = create_loss("tet", mse_weight=0.25, mse_target=0.5)(o, y)
+    torch.testing.assert_close(tet, 0.75 * steps + 0.25 * ((o - 0.5) ** 2).mean())
+    rate = ((o.mean(0) - F.one_hot(y, K)) ** 2).mean()
+    torch.testing.assert_close(create_loss("rate_mse")(o, y), rate)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradient_against_finite_differences(name):
+    o, y = sample()
+    make = create_loss(name)
+    wanted = torch.autograd.grad(make(o, y), o)[0]
+    i, e = (2, 1, 0), 1e-2
+    up, down = o.detach().clone(), o.detach().clone()
+    up[i] += e
+    down[i] -= e
+    assert float(wanted[i]) == pytest.approx(float(make(up, y) - make(down, y)) / (2 * e), rel=2e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_steps_make_the_whole_where_a_loss_splits(name):
+    o, y = sample()
+    loss = create_loss(name)
+    if not loss.splits_per_step:
+        with pytest.raises(ShapeError, match="all steps at once"):
+            loss.step(o[0], y)
+        return
+    torch.testing.assert_close(torch.stack([loss.step(o_t, y) for o_t in o]).mean(), loss(o, y))
+
+
+def test_smoothing_and_missing_labels():
+    o, y = sample()
+    smooth = create_loss("ce_mean", label_smoothing=0.2)(o, y)
+    torch.testing.assert_close(smooth, F.cross_entropy(o.mean(0), y, label_smoothing=0.2))
+    part = torch.tensor([0, -1, 1, -1])
+    keep = part >= 0
+    for name in ("ce_mean", "ce_steps", "rate_mse"):
+        torch.testing.assert_close(create_loss(name)(o, part), create_loss(name)(o[:, keep], part[keep]))
+    per_step = torch.randint(0, K, (T, B))
+    per_step[0] = -1
+    wanted = F.cross_entropy(o[1:].flatten(0, 1), per_step[1:].flatten())
+    torch.testing.assert_close(create_loss("ce_steps")(o, per_step), wanted)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda o, y: create_loss("ce_mean")(o[0], y), ShapeError, r"\[T, B, K\]"),
+        (lambda o, y: create_loss("ce_mean")(o, y[:2]), ShapeError, r"targets \(4,\)"),
+        (lambda o, y: create_loss("ce_mean")(o, y.expand(T, -1)), ShapeError, r"targets \(4,\)"),
+        (lambda o, y: create_loss("tet")(o, y.float()), ShapeError, "int64"),
+        (lambda o, y: create_loss("ce"), OptionError, "Did you mean ce_mean|Did you mean ce_steps"),
+        (lambda o, y: create_loss("ce_mean", smoothing=0.1), OptionError, "unknown option 'smoothing'"),
+        (lambda o, y: create_loss("ce_mean", label_smoothing=1.0), OptionError, r"\[0, 1\)"),
+        (lambda o, y: create_loss("tet", mse_weight=2.0), OptionError, r"\[0, 1\]"),
+    ],
+)
+def test_refuses(call, error, message):
+    with pytest.raises(error, match=message):
+        call(*sample())
