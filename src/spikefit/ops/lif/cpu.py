@@ -41,7 +41,7 @@ def forward(x_RN: Tensor, v_0: Tensor, spikes_TN: Tensor, v_T: Tensor, coefficie
     use_torch_threads()
     _forward(
         x_RN.numpy(),
-        v_0.numpy(),
+        _values(v_0),
         spikes_TN.numpy(),
         v_T.numpy(),
         leak,
@@ -93,9 +93,9 @@ def backward(
     use_torch_threads()
     _backward(
         g_TN.numpy(),
-        q.numpy(),
+        _values(q),
         x_RN.numpy(),
-        v_0.numpy(),
+        _values(v_0),
         (g_TN[:0] if spikes_TN is None else spikes_TN).numpy(),
         dx_TN.numpy(),
         dv_0.numpy(),
@@ -116,6 +116,11 @@ def backward(
     return torch.from_numpy(sums.sum(0)).to(v_0.dtype)
 
 
+def _values(v_N: Tensor) -> np.ndarray:
+    """[N], or [1] for one repeated value."""
+    return (v_N if v_N.stride(0) else v_N[:1]).numpy()
+
+
 def _number(v: Tensor):
     """The numpy scalar type of the compute dtype: a Python float would promote float32 arithmetic to float64."""
     return np.float64 if v.dtype == torch.float64 else np.float32
@@ -131,6 +136,17 @@ def _half_blocks(rows: Tensor) -> list[slice]:
     T, N = rows.shape
     width = max(64, HALF_BLOCK // T)
     return [slice(i, min(N, i + width)) for i in range(0, N, width)]
+
+
+@numba.njit(cache=True, error_model="numpy")
+def _cut(v_N, lo, hi):
+    """A copy of v_N[lo:hi]; an array of one value stands for that value repeated."""
+    v = np.empty(hi - lo, v_N.dtype)
+    if v_N.size == 1:
+        v[:] = v_N[0]
+    else:
+        v[:] = v_N[lo:hi]
+    return v
 
 
 @numba.njit(cache=True, error_model="numpy")
@@ -166,7 +182,7 @@ def _forward(x_RN, v_0, spikes_TN, v_T, leak, gain, theta, reset, v_reset, v_res
     T, N = spikes_TN.shape
     for b in prange((N + block - 1) // block):
         lo, hi = b * block, min(N, (b + 1) * block)
-        v = v_0[lo:hi].copy()
+        v = _cut(v_0, lo, hi)
         for t in range(T):
             x = x_RN[t if x_RN.shape[0] > 1 else 0, lo:hi]
             _advance(x, v, spikes_TN[t, lo:hi], leak, gain, theta, reset, v_reset, v_rest, strict)
@@ -280,7 +296,7 @@ def _backward(
         n = hi - lo
         # v_all[t] is the membrane that step t starts from, kept only for the gradient of leak
         u_all, v_all = np.empty((T, n), v_0.dtype), np.empty((T if want_coefficients else 0, n), v_0.dtype)
-        v, slope = v_0[lo:hi].copy(), np.empty(n, v_0.dtype)
+        v, slope = _cut(v_0, lo, hi), np.empty(n, v_0.dtype)
         for t in range(T):
             if want_coefficients:
                 v_all[t] = v
@@ -288,7 +304,7 @@ def _backward(
             s = spikes_TN[t, lo:hi] if given else u
             _rebuild(x, v, u, s, given, leak, gain, theta, reset, v_reset, v_rest, strict)
 
-        q = q_N[lo:hi].copy()
+        q = _cut(q_N, lo, hi)
         for t in range(T - 1, -1, -1):
             u, g, dx = u_all[t], g_TN[t, lo:hi], dx_TN[t, lo:hi]
             s = spikes_TN[t, lo:hi] if given else u

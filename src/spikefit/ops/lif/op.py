@@ -135,7 +135,7 @@ def lif_backward(
             raise ShapeError(
                 f"lif_backward: {name} must have the shape of x, {tuple(x.shape)}, got {tuple(tensor.shape)}."
             )
-    q = torch.zeros_like(v_0) if q is None else q
+    q = v_0.new_zeros(()).expand_as(v_0) if q is None else q
     if q.shape != v_0.shape:
         raise StateError(
             f"lif_backward: expected q, the gradient of the last membrane, {tuple(v_0.shape)}, got {tuple(q.shape)}."
@@ -153,7 +153,7 @@ def lif_backward(
 
 
 def _checked_state(who: str, x: Tensor, v_0: Tensor | None) -> Tensor:
-    """Check `x` and `v_0`; returns v_0, zeros if None."""
+    """Check `x` and `v_0`; returns v_0, one zero repeated if None."""
     if x.dtype not in DTYPES:
         raise ShapeError(f"{who}: expected a floating point current, got {x.dtype}; call x.float() first.")
     if x.ndim < 2:
@@ -165,7 +165,7 @@ def _checked_state(who: str, x: Tensor, v_0: Tensor | None) -> Tensor:
         raise ShapeError(f"{who}: expected at least one time step, got x of shape {tuple(x.shape)} with T = 0.")
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     if v_0 is None:
-        return torch.zeros_like(x[0], dtype=compute, requires_grad=False)
+        return x.new_zeros((), dtype=compute).expand(x.shape[1:])
     if v_0.shape != x.shape[1:] or v_0.dtype != compute or v_0.device != x.device:
         raise StateError(
             f"{who}: expected a membrane {tuple(x.shape[1:])} {compute} on {x.device}, got {tuple(v_0.shape)} "
@@ -231,7 +231,9 @@ class Layout:
         return self.rows(x) if not self.repeated else x.permute(self.order)[0].reshape(1, -1)
 
     def flat(self, v: Tensor) -> Tensor:
-        """[B, ...] -> [N]."""
+        """[B, ...] -> [N]; a repeated value stays one value with stride 0."""
+        if not any(v.stride()):
+            return v.as_strided((v.numel(),), (0,))
         return v.permute([i - 1 for i in self.order[1:]]).contiguous().view(-1)
 
     def empty(self, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -244,6 +246,12 @@ class Layout:
         order = [i - 1 for i in self.order[1:]]
         inverse = sorted(range(len(order)), key=order.__getitem__)
         return like.new_empty(self.shape[1:], dtype=dtype).permute(inverse)
+
+
+def _state_row(layout: Layout, v: Tensor, backend: str) -> Tensor:
+    """A membrane as [N]; numba also reads one repeated value, which spares filling a tensor with zeros."""
+    row = layout.flat(v)
+    return row.contiguous() if backend == "triton" else row
 
 
 def _kernels(backend: str):
@@ -285,7 +293,7 @@ def _lif_forward(
     spikes, v_T = layout.empty(x, x.dtype), layout.empty_state(x, v_0.dtype)
     _kernels(backend).forward(
         layout.input_rows(x),
-        layout.flat(v_0),
+        _state_row(layout, v_0, backend),
         layout.rows(spikes),
         layout.flat(v_T),
         _numbers(learned, (leak, gain, v_threshold), backend),
@@ -326,9 +334,9 @@ def _lif_backward(
     dx, dv_0 = layout.empty(x, x.dtype), layout.empty_state(x, v_0.dtype)
     d_3 = _kernels(backend).backward(
         layout.rows(g.to(x.dtype)),
-        layout.flat(q.to(v_0.dtype)),
+        _state_row(layout, q.to(v_0.dtype), backend),
         layout.input_rows(x),
-        layout.flat(v_0),
+        _state_row(layout, v_0, backend),
         None if spikes is None else layout.rows(spikes.to(x.dtype)),
         layout.rows(dx),
         layout.flat(dv_0),
@@ -369,7 +377,7 @@ def _backward(ctx, g, q):
         return None, None, None, *none
     dx, dv_0, d_3 = _lif_backward(
         torch.zeros_like(x) if g is None else g,
-        torch.zeros_like(v_0) if q is None else q,
+        v_0.new_zeros(()).expand_as(v_0) if q is None else q,
         x,
         v_0,
         learned[0] if learned else None,
