@@ -238,6 +238,7 @@ def test_layers_without_a_neuron():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
 def test_autocast_keeps_the_kernel_and_trains(dtype):
+    pytest.importorskip("numba", reason="numba is not installed")
     unit = SpikingConv2d(3, 8, pool="max", neuron={"name": "lif", "backend": "numba"})
     x = torch.rand(4, 2, 3, 8, 8)
     with torch.autocast("cpu", dtype=dtype):

@@ -152,6 +152,7 @@ def test_other_image_sides_work_where_the_head_pools():
 
 
 def test_own_network_and_backends():
+    pytest.importorskip("numba", reason="numba is not installed")
     torch.manual_seed(0)
     blocks = [SpikingConv2d(2, 8, pool="max"), GlobalAveragePool(), SpikingLinear(8, 8), Readout(8, 3, tau=2.0)]
     model = SpikingNetwork(blocks, input_shape=(2, 6, 6))

@@ -59,6 +59,7 @@ def test_state_goes_in_and_comes_out():
 
 
 def test_time_constant_is_learnt_as_autograd_would():
+    pytest.importorskip("numba", reason="numba is not installed")
     x = current().double()
     gradients = []
     for backend in ("numba", "reference"):
