@@ -29,7 +29,8 @@ def run(name: str, *, quick: bool, threads: int) -> dict | None:
     python = peers.ensure() if BENCHMARKS[name] else Path(sys.executable)
     out = RESULTS / f"{name}_{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
     script = str((HERE / f"{name}.py").relative_to(peers.ROOT))
-    command = [str(python), script, "--threads", str(threads), "--out", str(out.relative_to(peers.ROOT))] + (["--quick"] if quick else [])
+    command = [str(python), script, "--threads", str(threads), "--out", str(out.relative_to(peers.ROOT))]
+    command += ["--quick"] if quick else []
     # warnings of the peers are not ours to print
     result = subprocess.run(command, cwd=peers.ROOT, env=os.environ | {"PYTHONWARNINGS": "ignore"}, check=False)
     if not out.exists():
