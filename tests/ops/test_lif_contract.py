@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from spikefit import use_backend
@@ -64,8 +65,8 @@ def test_opcheck(backend, learned):
     x, v_0, g, q = (dyadic(*shape, seed=i) for i, shape in enumerate([(3, 2, 5), (2, 5), (3, 2, 5), (2, 5)]))
     coefficients = torch.tensor([0.5, 0.75, 1.0]) if learned else None
     options = (0.5, 0.75, 1.0, "hard", 0.25, 0.0, False, False, "atan", 2.0, backend)
-    torch.library.opcheck(torch.ops.spikefit.lif_backward, (g, q, x, v_0, coefficients, None, *options, learned))
-    torch.library.opcheck(torch.ops.spikefit.lif_backward, (g, q, x, v_0, coefficients, g, *options, learned))
+    torch.library.opcheck(torch.ops.spikefit.lif_backward, (g, q, x, v_0, coefficients, None, *options, True, learned))
+    torch.library.opcheck(torch.ops.spikefit.lif_backward, (g, q, x, v_0, coefficients, g, *options, True, learned))
     inputs = [t if t is None else t.requires_grad_() for t in (x, v_0, coefficients)]
     torch.library.opcheck(torch.ops.spikefit.lif, (*inputs, *options))
     last = dyadic(3, 2, 4, 4, 5).permute(0, 1, 4, 2, 3).requires_grad_()
@@ -179,3 +180,21 @@ def test_a_state_may_lie_in_another_order_than_the_input(backend):
     got, wanted = (lif(x, v_0, backend=b) for b in (backend, "reference"))
     assert torch.equal(got[0], wanted[0])
     assert torch.equal(got[1], wanted[1])
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_the_gradient_of_the_membrane_is_made_only_for_those_who_ask(backend):
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            out = op(*args, **(kwargs or {}))
+            if op.name() == "spikefit::lif_backward":
+                made.append(out[1].numel())
+            return out
+
+    x, v_0 = dyadic(3, 2, 20).requires_grad_(), dyadic(2, 20, seed=1)
+    for state in (v_0, v_0.clone().requires_grad_()):
+        with Watch():
+            lif(x, state, backend=backend)[0].sum().backward()
+    assert made == [0, 40]

@@ -17,10 +17,9 @@ from spikefit.ops.lif.equation import RESETS, Equation
 from spikefit.ops.surrogate import FORMS
 from spikefit.ops.threads import use_torch_threads
 
-# Bytes of membrane that one block holds in backward; half of a 1 MiB second-level cache.
+# Bytes of membrane that one block holds in its own buffers, half of a 1 MiB second-level cache: blocks as large as the
+# cache allows read memory in the longest runs.
 BLOCK_BYTES = 512 * 1024
-# Most neurons per block: one row of a float32 block then fills 64 KiB, and memory is read in long runs.
-BLOCK_NEURONS = 16384
 # Elements converted at a time from and to half precision.
 HALF_BLOCK = 1 << 20
 
@@ -51,7 +50,7 @@ def forward(x_RN: Tensor, v_0: Tensor, spikes_TN: Tensor, v_T: Tensor, coefficie
         number(equation.v_reset),
         number(equation.v_rest),
         equation.strict,
-        _block(spikes_TN.shape[0], v_0.element_size()),
+        _block(1, v_0),
     )
 
 
@@ -67,7 +66,7 @@ def backward(
     equation: Equation,
     want_coefficients: bool,
 ) -> Tensor:
-    """Fill `dx_TN` and `dv_0`; returns d(leak, gain, v_threshold) [3], zeros unless wanted."""
+    """Fill `dx_TN` and `dv_0` (unless it is empty); returns d(leak, gain, v_threshold) [3], zeros unless wanted."""
     if x_RN.dtype in (torch.float16, torch.bfloat16):
         total = torch.zeros(3, dtype=v_0.dtype)
         for cut in _half_blocks(g_TN):
@@ -88,7 +87,10 @@ def backward(
         return total
     number = _number(v_0)
     leak, gain, theta = map(number, coefficients)
-    block = _block(g_TN.shape[0], v_0.element_size())
+    form, detached = FORMS[equation.surrogate.name], equation.detach_reset
+    # the default neuron works in the memory of dx, with v and q in buffers; the others hold u of all steps
+    in_place = form.kernel == ATAN and equation.reset == "soft" and not want_coefficients
+    block = _block(2 if in_place else g_TN.shape[0], v_0)
     sums = np.zeros((-(-v_0.numel() // block), 3))
     use_torch_threads()
     _backward(
@@ -107,10 +109,11 @@ def backward(
         number(equation.v_reset),
         number(equation.v_rest),
         equation.strict,
-        number(0 if equation.detach_reset else 1),
-        FORMS[equation.surrogate.name].kernel,
+        number(0 if detached else 1),
+        form.kernel,
         number(equation.surrogate.parameter),
         block,
+        in_place,
         want_coefficients,
     )
     return torch.from_numpy(sums.sum(0)).to(v_0.dtype)
@@ -126,9 +129,10 @@ def _number(v: Tensor):
     return np.float64 if v.dtype == torch.float64 else np.float32
 
 
-def _block(T: int, element_size: int) -> int:
-    """Neurons per block: a multiple of 16, at least 64, at most `BLOCK_NEURONS`."""
-    return max(64, min(BLOCK_NEURONS, BLOCK_BYTES // (T * element_size) // 16 * 16))
+def _block(rows: int, v_0: Tensor) -> int:
+    """Neurons per block that holds `rows` membranes: a multiple of 16, at least 64; small layers still fill 8 cores."""
+    most = min(BLOCK_BYTES // (rows * v_0.element_size()), v_0.numel() // 32)
+    return max(64, most // 16 * 16)
 
 
 def _half_blocks(rows: Tensor) -> list[slice]:
@@ -288,11 +292,10 @@ def _add_sums(out_3, u, s, given, slope, g, q, v, x, theta, reset, v_reset, v_re
 @numba.njit(cache=True, error_model="numpy", parallel=True)
 def _backward(
     g_TN, q_N, x_RN, v_0, spikes_TN, dx_TN, dv_0, sums,
-    leak, gain, theta, reset, v_reset, v_rest, strict, a, kind, p, block, want_coefficients,
+    leak, gain, theta, reset, v_reset, v_rest, strict, a, kind, p, block, in_place, want_coefficients,
 ):  # fmt: skip
     T, N = g_TN.shape
     given = spikes_TN.shape[0] > 0
-    in_place = kind == ATAN and reset == SOFT and not want_coefficients
     for b in prange((N + block - 1) // block):
         lo, hi = b * block, min(N, (b + 1) * block)
         n = hi - lo
@@ -320,4 +323,5 @@ def _backward(
                 x = x_RN[t if x_RN.shape[0] > 1 else 0, lo:hi]
                 _add_sums(sums[b], u, s, given, slope, g, q, v_all[t], x, theta, reset, v_reset, v_rest, strict, a)
             _adjoint(u, s, given, slope, g, q, dx, leak, gain, theta, reset, v_reset, strict, a)
-        dv_0[lo:hi] = q
+        if dv_0.size > 0:
+            dv_0[lo:hi] = q

@@ -60,7 +60,7 @@ def backward(
     equation: Equation,
     want_coefficients: bool,
 ) -> Tensor:
-    """Fill `dx_TN` and `dv_0`; returns d(leak, gain, v_threshold) [3], zeros unless wanted."""
+    """Fill `dx_TN` and `dv_0` (unless it is empty); returns d(leak, gain, v_threshold) [3], zeros unless wanted."""
     T, N = g_TN.shape
     block = 1024 if N >= WIDE_LAYER else 128
     blocks = triton.cdiv(N, block)
@@ -89,6 +89,7 @@ def backward(
             ATTACHED=not equation.detach_reset,
             SLOPE=FORMS[equation.surrogate.name].kernel,
             GIVEN=spikes_TN is not None,
+            STATE=dv_0.numel() > 0,
             WANT=want_coefficients,
             BLOCK=block,
             num_warps=4,
@@ -210,7 +211,8 @@ def _backward_kernel(
     g_ptr, q_ptr, x_ptr, v_0_ptr, s_ptr, dx_ptr, dv_0_ptr, scratch_ptr, sums_ptr,
     learned_ptr, leak, gain, theta, v_reset, v_rest, p, T, N, end,
     REPEATED: tl.constexpr, LEARNED: tl.constexpr, RESET: tl.constexpr, RESTING: tl.constexpr, STRICT: tl.constexpr,
-    ATTACHED: tl.constexpr, SLOPE: tl.constexpr, GIVEN: tl.constexpr, WANT: tl.constexpr, BLOCK: tl.constexpr,
+    ATTACHED: tl.constexpr, SLOPE: tl.constexpr, GIVEN: tl.constexpr, STATE: tl.constexpr, WANT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     if LEARNED:
         leak, gain, theta = tl.load(learned_ptr), tl.load(learned_ptr + 1), tl.load(learned_ptr + 2)
@@ -268,7 +270,8 @@ def _backward_kernel(
                 d_gain += d * x
             tl.store(dx_ptr + at, (gain * d).to(dx_ptr.dtype.element_ty), mask=here)
             q = leak * d
-        tl.store(dv_0_ptr + n, q, mask=here)
+        if STATE:
+            tl.store(dv_0_ptr + n, q, mask=here)
         if WANT:
             row = sums_ptr + (first // BLOCK) * 3
             tl.store(row, tl.sum(d_leak))

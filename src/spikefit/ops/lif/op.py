@@ -148,7 +148,7 @@ def lif_backward(
                 g, q, x, v_0, spikes, leak=leak, gain=gain, v_threshold=v_threshold, equation=equation
             )
         else:
-            dx, dv_0, d_3 = _lif_backward(g, q, x, v_0, learned, spikes, *constants, *_flat(equation), chosen, True)
+            dx, dv_0, d_3 = _lif_backward(g, q, x, v_0, learned, spikes, *constants, *_flat(equation), chosen, True, True)
     return LIFGradients(dx, dv_0, *d_3.unbind())
 
 
@@ -327,11 +327,13 @@ def _lif_backward(
     surrogate: str,
     parameter: float,
     backend: str,
+    want_state: bool,
     want_coefficients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dv_0, d(leak, gain, v_threshold)); dv_0 is empty, and the last zeros, unless wanted."""
     equation = _equation(reset, v_reset, v_rest, strict, detach_reset, surrogate, parameter)
     layout = Layout(x)
-    dx, dv_0 = layout.empty(x, x.dtype), layout.empty_state(x, v_0.dtype)
+    dx, dv_0 = layout.empty(x, x.dtype), _state_gradient(layout, v_0, want_state)
     d_3 = _kernels(backend).backward(
         layout.rows(g.to(x.dtype)),
         _state_row(layout, q.to(v_0.dtype), backend),
@@ -339,7 +341,7 @@ def _lif_backward(
         _state_row(layout, v_0, backend),
         None if spikes is None else layout.rows(spikes.to(x.dtype)),
         layout.rows(dx),
-        layout.flat(dv_0),
+        layout.flat(dv_0) if want_state else dv_0,
         _numbers(learned, (leak, gain, v_threshold), backend),
         equation,
         want_coefficients,
@@ -350,7 +352,11 @@ def _lif_backward(
 @_lif_backward.register_fake
 def _(g, q, x, v_0, *rest):
     layout = Layout(x)
-    return layout.empty(x, x.dtype), layout.empty_state(x, v_0.dtype), v_0.new_empty(3)
+    return layout.empty(x, x.dtype), _state_gradient(layout, v_0, rest[-2]), v_0.new_empty(3)
+
+
+def _state_gradient(layout: Layout, v_0: Tensor, want: bool) -> Tensor:
+    return layout.empty_state(v_0, v_0.dtype) if want else v_0.new_empty(0)
 
 
 def _numbers(learned: Tensor | None, constants: tuple[float, float, float], backend: str):
@@ -383,9 +389,10 @@ def _backward(ctx, g, q):
         learned[0] if learned else None,
         None,
         *ctx.options,
+        ctx.needs_input_grad[1],
         bool(learned),
     )
-    return dx, dv_0, d_3 if learned else None, *none
+    return dx, dv_0 if ctx.needs_input_grad[1] else None, d_3 if learned else None, *none
 
 
 _lif_forward.register_autograd(_backward, setup_context=_save_inputs)
