@@ -148,7 +148,8 @@ def lif_backward(
                 g, q, x, v_0, spikes, leak=leak, gain=gain, v_threshold=v_threshold, equation=equation
             )
         else:
-            dx, dv_0, d_3 = _lif_backward(g, q, x, v_0, learned, spikes, *constants, *_flat(equation), chosen, True, True)
+            options = (*constants, *_flat(equation), chosen)
+            dx, dv_0, d_3 = _lif_backward(g, q, x, v_0, learned, spikes, *options, True, True)
     return LIFGradients(dx, dv_0, *d_3.unbind())
 
 
