@@ -19,139 +19,22 @@ Run by `benchmarks/run.py` in the environment of `benchmarks/peers.py`.
 
 import argparse
 import sys
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from harness import describe, interleave, ratio, write
+from peer_nets import CLASSES, Forward, our_net, peer_net, same_weights
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spikefit import create_model
-
-T, BATCH, CLASSES = 8, 16, 10
-PLAN = (64, 64, "pool", 128, 128, "pool", 256, 256, "pool")
-NORM_WEIGHT, NORM_BIAS = 0.2, 0.5
+T, BATCH = 8, 16
 TOLERANCE = {"float64": 1e-5, "float32": 1e-2}
 
 # module, its forward, input [T or 1, B, 3, 32, 32]
-Contestant = tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor], Tensor]
+Contestant = tuple[nn.Module, Forward, Tensor]
 
 
-def spikingjelly_net() -> tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor]]:
-    """(module, forward) of SpikingJelly's multi-step layers."""
-    from spikingjelly.activation_based import functional, layer, neuron, surrogate
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            blocks, channels = [], 3
-            for entry in PLAN:
-                if entry == "pool":
-                    blocks.append(layer.MaxPool2d(2, step_mode="m"))
-                    continue
-                blocks += [
-                    layer.Conv2d(channels, entry, 3, padding=1, bias=False, step_mode="m"),
-                    layer.BatchNorm2d(entry, step_mode="m"),
-                    neuron.LIFNode(
-                        tau=2.0,
-                        decay_input=False,
-                        v_threshold=1.0,
-                        v_reset=None,
-                        detach_reset=True,
-                        surrogate_function=surrogate.ATan(2.0),
-                        step_mode="m",
-                    ),
-                ]
-                channels = entry
-            self.blocks, self.head = nn.ModuleList(blocks), nn.Linear(channels, CLASSES)
-
-        def forward(self, x: Tensor) -> Tensor:
-            for i, block in enumerate(self.blocks):
-                x = block(x)
-                if i == 1 and x.shape[0] == 1:
-                    x = x.expand(T, *x.shape[1:])
-            return self.head(x.mean((3, 4)))
-
-    def forward(net: nn.Module, x: Tensor) -> Tensor:
-        functional.reset_net(net)
-        return net(x)
-
-    return Net(), forward
-
-
-def snntorch_net() -> tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor]]:
-    """(module, forward) of snnTorch: convolutions and norms on the folded sequence, `Leaky` stepping over time."""
-    import snntorch
-    from snntorch import surrogate
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            blocks, channels = [], 3
-            for entry in PLAN:
-                if entry == "pool":
-                    blocks.append(nn.MaxPool2d(2))
-                    continue
-                leaky = snntorch.Leaky(
-                    beta=0.5,
-                    threshold=1.0,
-                    reset_mechanism="subtract",
-                    reset_delay=False,
-                    spike_grad=surrogate.atan(alpha=2.0),
-                )
-                blocks += [nn.Conv2d(channels, entry, 3, padding=1, bias=False), nn.BatchNorm2d(entry), leaky]
-                channels = entry
-            self.blocks, self.head = nn.ModuleList(blocks), nn.Linear(channels, CLASSES)
-
-        def forward(self, x: Tensor) -> Tensor:
-            steps, x = x.shape[0], x.flatten(0, 1)
-            for i, block in enumerate(self.blocks):
-                if not isinstance(block, snntorch.Leaky):
-                    x = block(x)
-                    if i == 1 and steps == 1:
-                        x = x.repeat(T, 1, 1, 1)
-                    continue
-                memory, spikes = torch.zeros_like(x[:BATCH]), []
-                for current in x.split(BATCH):
-                    s, memory = block(current, memory)
-                    spikes.append(s)
-                x = torch.cat(spikes).to(x.dtype)  # its spikes are float32 whatever the current is
-            return self.head(x.mean((2, 3)).unflatten(0, (T, BATCH)))
-
-    return Net(), lambda net, x: net(x)
-
-
-def our_net() -> tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor]]:
-    """(module, forward) of this package."""
-    neuron = {
-        "name": "lif",
-        "tau": 2.0,
-        "decay_input": False,
-        "v_threshold": 1.0,
-        "v_reset": None,
-        "detach_reset": True,
-        "surrogate": "atan(2)",
-    }
-    return create_model("vgg6", num_classes=CLASSES, norm="bn", neuron=neuron, strategy="bptt"), lambda net, x: net(x)
-
-
-def same_weights(nets: list[nn.Module]) -> None:
-    """Give all nets the parameters of the first; they are met in the same order in each."""
-    parameters = [[p for p in net.parameters() if p.ndim > 0] for net in nets]
-    with torch.no_grad():
-        for module in nets[0].modules():
-            if hasattr(module, "running_mean"):
-                module.weight.fill_(NORM_WEIGHT)
-                module.bias.fill_(NORM_BIAS)
-        for group in zip(*parameters, strict=True):
-            for p in group[1:]:
-                p.copy_(group[0])
-
-
-def training_step(
-    net: nn.Module, forward: Callable[[nn.Module, Tensor], Tensor], x: Tensor, labels: Tensor, optimizer
-) -> float:
+def training_step(net: nn.Module, forward: Forward, x: Tensor, labels: Tensor, optimizer) -> float:
     """Forward, loss, backward, update; returns the loss before the update."""
     optimizer.zero_grad(set_to_none=True)
     loss = F.cross_entropy(forward(net, x).mean(0), labels)
@@ -167,11 +50,11 @@ def build() -> tuple[dict[str, Contestant], Tensor]:
     repeated = image.expand(T, *image.shape)
     lasts = image.repeat(T, 1, 1, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (T, BATCH))
     once = image.contiguous(memory_format=torch.channels_last).unsqueeze(0)
-    contestants: dict[str, Contestant] = {"ours": (*our_net(), repeated)}
-    for name, make in (("spikingjelly", spikingjelly_net), ("snntorch", snntorch_net)):
-        contestants[name] = (*make(), repeated.contiguous())
+    contestants: dict[str, Contestant] = {"ours": (*our_net("vgg6"), repeated)}
+    for name in ("spikingjelly", "snntorch"):
+        contestants[name] = (*peer_net(name, "vgg6", T), repeated.contiguous())
         for form, x in (("channels_last", lasts), ("once", once)):
-            net, forward = make()
+            net, forward = peer_net(name, "vgg6", T)
             contestants[f"{name} {form}"] = (net.to(memory_format=torch.channels_last), forward, x)
     same_weights([net for net, _, _ in contestants.values()])
     return contestants, labels

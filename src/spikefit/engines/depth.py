@@ -1,6 +1,7 @@
 """Chains in depth: blocks one after the other, each over the whole sequence."""
 
 import contextlib
+import difflib
 import math
 from typing import Any
 
@@ -9,13 +10,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from spikefit.errors import StrategyError
-from spikefit.layers import frozen_statistics
+from spikefit.layers import SpikingUnit, frozen_statistics
+from spikefit.layers.packed import Spikes, dense
 
 State = tuple[Any, ...]
 
+KEEP_OPTIONS = ("auto", "input", "spikes")
+# Multiply-accumulates per value of z up to which "auto" runs a weight again instead of keeping z: a first layer of
+# colour images (27), not a 3x3 convolution of 64 channels (576).
+CHEAP_MACS = 100
+
 
 def run_plain(blocks: list[nn.Module], x: Tensor, state: State, option: str | None = None) -> tuple[Tensor, State]:
-    """Run the blocks and let autograd keep what it needs.
+    """Run the blocks one after the other; each keeps for backward what autograd or its own `keep` says.
+
+    Blocks with `takes_packed` hand each other packed spikes where they have them; the others get dense tensors.
 
     Args:
         blocks: modules (sequence, state) -> (sequence, state).
@@ -26,10 +35,12 @@ def run_plain(blocks: list[nn.Module], x: Tensor, state: State, option: str | No
         (output of the last block, state after the last step).
     """
     after = []
+    value: Spikes = x
     for block, before in zip(blocks, state, strict=True):
-        x, s = block(x, before)
+        takes_packed = getattr(block, "takes_packed", False)
+        value, s = block(value, before, packed=True) if takes_packed else block(dense(value), before)
         after.append(s)
-    return x, tuple(after)
+    return dense(value), tuple(after)
 
 
 def run_checkpointed(blocks: list[nn.Module], x: Tensor, state: State, option: str | None) -> tuple[Tensor, State]:
@@ -59,6 +70,27 @@ def run_checkpointed(blocks: list[nn.Module], x: Tensor, state: State, option: s
 def run_length(blocks: int, option: str | None) -> int:
     """Blocks per run: the option, or the square root of their number, which balances inputs kept and states redone."""
     return max(1, math.isqrt(blocks)) if option is None else int(option)
+
+
+def check_keep(option: str | None) -> None:
+    """Raise StrategyError unless the option of `lean` is known."""
+    if option is not None and option not in KEEP_OPTIONS:
+        near = difflib.get_close_matches(option, KEEP_OPTIONS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise StrategyError(
+            f"strategy lean: the option is what a unit keeps, one of {', '.join(KEEP_OPTIONS)}, got {option!r}.{hint} "
+            "A saved plan is used with Plan.load(path).apply(model)."
+        )
+
+
+def keep_of(unit: SpikingUnit, option: str | None) -> str:
+    """What `unit` keeps under lean:option.
+
+    "auto" recomputes where that is cheap: where a value of z costs few multiplications.
+    """
+    if option in ("input", "spikes"):
+        return option
+    return "spikes" if unit.synapse.weight[0].numel() <= CHEAP_MACS else "input"
 
 
 def check_run_length(option: str | None) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from spikefit.engines import depth
 from spikefit.errors import StrategyError
+from spikefit.layers import SpikingUnit
 
 # Runs blocks over a sequence: (blocks, x, state, option) -> (output, state).
 Runner = Callable[[list[nn.Module], Tensor, tuple[Any, ...], str | None], tuple[Tensor, tuple[Any, ...]]]
@@ -23,12 +24,14 @@ class StrategyKind:
         exact: whether the gradient is that of plain BPTT.
         run: runs a chain of blocks.
         check: raises StrategyError for an option that makes no sense.
+        keep: what a unit keeps under the strategy, for (unit, option); one of `layers.KEEPS`.
     """
 
     summary: str
     exact: bool
     run: Runner
     check: Callable[[str | None], None]
+    keep: Callable[[SpikingUnit, str | None], str] = lambda unit, option: "all"
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,12 @@ class Strategy:
         """Run `blocks` one after the other over the sequence `x`; returns (output, state)."""
         return STRATEGIES[self.name].run(blocks, x, state, self.option)
 
+    def set_keeps(self, model: nn.Module) -> None:
+        """Tell every unit of `model` what it keeps for backward."""
+        for module in model.modules():
+            if isinstance(module, SpikingUnit):
+                module.keep = STRATEGIES[self.name].keep(module, self.option)
+
     def __str__(self) -> str:
         return self.name if self.option is None else f"{self.name}:{self.option}"
 
@@ -58,6 +67,14 @@ def _no_option(option: str | None) -> None:
 
 STRATEGIES: dict[str, StrategyKind] = {
     "bptt": StrategyKind("keep it: plain autograd holds every state", True, depth.run_plain, _no_option),
+    "lean": StrategyKind(
+        "pack it: spikes as bits, the rest rebuilt in backward; option: what a unit keeps beside them, "
+        "input | spikes | auto (default: auto)",
+        True,
+        depth.run_plain,
+        depth.check_keep,
+        depth.keep_of,
+    ),
     "checkpoint": StrategyKind(
         "recompute it: keep the input of every run of units; option: units per run (default: square root of all)",
         True,
@@ -67,8 +84,12 @@ STRATEGIES: dict[str, StrategyKind] = {
 }
 
 
+# What the option is called where a strategy is written as a table.
+OPTION_NAMES = {"lean": "keep", "checkpoint": "every"}
+
+
 def parse_strategy(text: "str | dict[str, Any] | Strategy") -> Strategy:
-    """Read "bptt", "checkpoint", "checkpoint:3" or {"name": "checkpoint", "every": 3}.
+    """Read "bptt", "lean:spikes", "checkpoint:3", {"name": "lean", "keep": "spikes"} or {"name": "checkpoint", "every": 3}.
 
     Raises:
         StrategyError: unknown name or option; near names are listed.
@@ -77,9 +98,10 @@ def parse_strategy(text: "str | dict[str, Any] | Strategy") -> Strategy:
         return text
     if isinstance(text, dict):
         rest = {k: v for k, v in text.items() if k != "name"}
-        if set(rest) - {"every"} or "name" not in text:
-            raise StrategyError(f"strategy: expected {{ name = ..., every = ... }}, got {text}.")
-        text = text["name"] if not rest else f"{text['name']}:{rest['every']}"
+        key = OPTION_NAMES.get(text.get("name", ""), "option")
+        if set(rest) - {key} or "name" not in text:
+            raise StrategyError(f"strategy: expected {{ name = ..., {key} = ... }}, got {text}.")
+        text = text["name"] if not rest else f"{text['name']}:{rest[key]}"
     name, _, option = text.partition(":")
     if name not in STRATEGIES:
         near = difflib.get_close_matches(name, STRATEGIES, n=2, cutoff=0.3)

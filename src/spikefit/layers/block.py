@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spikefit.layers.packed import Spikes
 from spikefit.layers.unit import SpikingConv2d, SpikingUnit
 
 
@@ -28,6 +29,7 @@ class ResidualBlock(nn.Module):
     """
 
     consumes_time = False
+    takes_packed = True
 
     def __init__(
         self,
@@ -47,12 +49,14 @@ class ResidualBlock(nn.Module):
         if stride != 1 or in_channels != out_channels:
             self.short = SpikingConv2d(in_channels, out_channels, 1, stride=stride, norm=norm, neuron=None, chunk=chunk)
 
-    def forward(self, x: Tensor, state: tuple[Tensor | None, Tensor | None] | None = None) -> tuple[Tensor, Any]:
-        """Sequence and two membranes (None for zeros) -> (spikes, two membranes)."""
+    def forward(
+        self, x: Spikes, state: tuple[Tensor | None, Tensor | None] | None = None, *, packed: bool = False
+    ) -> tuple[Any, Any]:
+        """Sequence and two membranes (None for zeros) -> (spikes, two membranes); `packed` as in `SpikingUnit`."""
         v_first, v_second = (None, None) if state is None else state
-        y, v_first = self.first(x, v_first)
-        shortcut = x if self.short is None else self.short(x)[0]
-        out, v_second = self.second(y, v_second, shortcut=shortcut)
+        y, v_first = self.first(x, v_first, packed=packed)
+        shortcut = x if self.short is None else self.short(x, packed=packed)[0]
+        out, v_second = self.second(y, v_second, shortcut=shortcut, packed=packed)
         return out, (v_first, v_second)
 
     def init_state(

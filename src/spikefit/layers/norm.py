@@ -4,7 +4,7 @@ import contextlib
 import contextvars
 import difflib
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,23 @@ from spikefit.ops.norm import Moments, affine, channel_norm
 TimeScope = Literal["none", "step", "sequence"]
 
 _frozen: contextvars.ContextVar[bool] = contextvars.ContextVar("spikefit_frozen_statistics", default=False)
+
+
+class Normal(NamedTuple):
+    """How a branch is normalised.
+
+    Attributes:
+        kind: "batch" for statistics of the sequence, "affine" for a given map x = z first + second, "none".
+        first, second: weight and bias of the norm, or scale and shift of the map, [C]; None for "none".
+        per_step, eps, backend: of the norm.
+    """
+
+    kind: str = "none"
+    first: Tensor | None = None
+    second: Tensor | None = None
+    per_step: bool = False
+    eps: float = 0.0
+    backend: Backend = "auto"
 
 
 @contextlib.contextmanager
@@ -78,18 +95,29 @@ class BatchNorm(nn.Module):
     def forward(self, z: Tensor, *, repeats: int = 1) -> Tensor:
         """Normalise `z`; `repeats` says how many equal steps each given step stands for."""
         if not self.training:
-            scale = self.weight * torch.rsqrt(self.running_var + self.eps)
-            return affine(z, scale, self.bias - self.running_mean * scale, backend=self.backend)
+            return affine(z, *self._evaluation_map(), backend=self.backend)
         x, moments = channel_norm(
             z, self.weight, self.bias, eps=self.eps, per_step=self.time_scope == "step", backend=self.backend
         )
-        if not _frozen.get():
-            self._track(moments, repeats)
+        self.track(moments, repeats)
         return x
 
+    def normal(self) -> Normal:
+        """What `forward` would do now, as a value."""
+        if not self.training:
+            return Normal("affine", *self._evaluation_map(), backend=self.backend)
+        return Normal("batch", self.weight, self.bias, self.time_scope == "step", self.eps, self.backend)
+
+    def _evaluation_map(self) -> tuple[Tensor, Tensor]:
+        """(scale, shift) [C] of the running statistics."""
+        scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+        return scale, self.bias - self.running_mean * scale
+
     @torch.no_grad()
-    def _track(self, moments: Moments, repeats: int) -> None:
-        """Move the running statistics once per row of the moments."""
+    def track(self, moments: Moments, repeats: int = 1) -> None:
+        """Move the running statistics once per row of the moments, unless they are frozen."""
+        if _frozen.get():
+            return
         rows = moments.mean.shape[0]
         # a repeated step counts T times in one sequence, but is T batches of its own in per-step statistics
         count, times = (moments.elements, repeats) if self.time_scope == "step" else (moments.elements * repeats, 1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spikefit.errors import OptionError, ShapeError
+from spikefit.layers.packed import PackedSpikes, Spikes
 from spikefit.layers.weight import apply_weight
 from spikefit.neurons import LeakyReadout
 
@@ -25,18 +26,26 @@ class Stateless(nn.Module):
 class Flatten(Stateless):
     """[T, B, ...] -> [T, B, features], channels first."""
 
-    def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
-        if x.ndim < 3:
+    takes_packed = True
+
+    def forward(self, x: Spikes, state: None = None, *, packed: bool = False) -> tuple[Any, None]:
+        if len(x.shape) < 3:
             raise ShapeError(f"Flatten: expected [T, B, ...], got {tuple(x.shape)}.")
+        if isinstance(x, PackedSpikes):
+            return x.flatten() if packed else x.flatten().dense(), None
         return x.flatten(2), None
 
 
 class GlobalAveragePool(Stateless):
     """Mean over space: [T, B, C, ...] -> [T, B, C]."""
 
-    def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
-        if x.ndim < 4:
+    takes_packed = True
+
+    def forward(self, x: Spikes, state: None = None, *, packed: bool = False) -> tuple[Tensor, None]:
+        if len(x.shape) < 4:
             raise ShapeError(f"GlobalAveragePool: expected [T, B, C, ...], got {tuple(x.shape)}.")
+        if isinstance(x, PackedSpikes):
+            return x.mean_over_space(), None
         return x.mean(tuple(range(3, x.ndim))), None
 
 

@@ -1,17 +1,34 @@
 """The unit: weight -> norm -> neuron (-> pool), the stretch of a network that one strategy choice applies to."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spikefit.errors import OptionError, ShapeError
-from spikefit.layers.norm import create_norm
-from spikefit.layers.weight import StandardizedConv2d, StandardizedLinear, Weight, _call, apply_weight
+from spikefit.errors import OptionError, ShapeError, StrategyError
+from spikefit.layers.lean import Branch, run_lean
+from spikefit.layers.norm import BatchNorm, Normal, create_norm
+from spikefit.layers.packed import PackedSpikes, Spikes, dense, packed_or_dense
+from spikefit.layers.weight import (
+    StandardizedConv2d,
+    StandardizedLinear,
+    Weight,
+    apply_weight,
+    autocasting,
+    check_input,
+    map_of,
+    parameters_of,
+)
 from spikefit.neurons import SpikingNeuron, create_neuron
+from spikefit.ops.lif.op import dynamics_of
+from spikefit.ops.norm import Moments
 
 POOLS: tuple[str, ...] = ("max", "avg")
+
+# What a unit keeps between forward and backward: all that autograd keeps, z and the spikes as bits, or the bits alone.
+KEEPS: tuple[str, ...] = ("all", "input", "spikes")
 
 # A neuron as users write it: a module, a name, or a name with options.
 NeuronLike = SpikingNeuron | str | dict[str, Any] | None
@@ -33,11 +50,16 @@ class SpikingUnit(nn.Module):
         pool: None, "max" or "avg": 2x2 (or 2) pooling of the spikes.
         chunk: batch rows per call of the weight; None for all.
 
+    Attributes:
+        keep: what is kept for backward, one of `KEEPS`; set by `spikefit.use_strategy` or a plan. Results do not
+            depend on it.
+
     Raises:
         OptionError: unknown pool, or chunk below 1.
     """
 
     consumes_time = False
+    takes_packed = True
 
     def __init__(
         self,
@@ -55,14 +77,23 @@ class SpikingUnit(nn.Module):
             raise OptionError(f"{type(self).__name__}: chunk must be at least 1 batch row, or None, got {chunk}.")
         self.synapse, self.norm, self.neuron = synapse, norm, neuron
         self.pool, self.chunk = pool, chunk
+        self.keep = "all"
 
-    def forward(self, x: Tensor, v_0: Tensor | None = None, *, shortcut: Tensor | None = None) -> tuple[Tensor, Any]:
+    def forward(
+        self,
+        x: Spikes,
+        v_0: Tensor | None = None,
+        *,
+        shortcut: "Spikes | LaterCurrent | None" = None,
+        packed: bool = False,
+    ) -> tuple[Any, Any]:
         """Run the unit over a sequence.
 
         Args:
-            x: input [T, B, C, ...].
+            x: input [T, B, C, ...], dense or packed.
             v_0: membrane [B, C_out, ...], or None for zeros.
             shortcut: current added behind the norm, [T, B, C_out, ...].
+            packed: hand the spikes on as `PackedSpikes` if the unit keeps bits, and a current as `LaterCurrent`.
 
         Returns:
             (spikes [T, B, C_out, ...] after the pool, last membrane before the pool); (current, None) without a neuron.
@@ -70,20 +101,81 @@ class SpikingUnit(nn.Module):
         Raises:
             ShapeError: no time axis, T = 0, or another number of channels.
             StateError: a membrane of another batch.
+            StrategyError: `keep` is not "all" and norm or neuron are of a kind that cannot be rebuilt.
         """
         self._check_time(x)
-        T = x.shape[0]
-        repeats = T if T > 1 and x.stride(0) == 0 else 1
-        z = apply_weight(self.synapse, x[:1] if repeats > 1 else x, chunk=self.chunk)
-        current = z if self.norm is None else self.norm(z, repeats=repeats)
-        if repeats > 1:
-            current = current.expand(T, *current.shape[1:])
+        if self.keep != "all" and self.neuron is not None:
+            spikes, v_T = self._run_lean(x, v_0, shortcut)
+            return spikes if packed else spikes.dense(), v_T
+        if self.keep != "all" and packed:
+            return LaterCurrent(self, x), None
+        current = self._current(dense(x))
         if shortcut is not None:
-            current = current + shortcut
+            current = current + (shortcut.dense() if isinstance(shortcut, LaterCurrent) else dense(shortcut))
         if self.neuron is None:
             return current, None
         spikes, v_T = self.neuron(current, v_0)
         return pool_spikes(spikes, self.pool), v_T
+
+    def _check_channels(self, x: Tensor) -> None:
+        check_input(self.synapse, x)
+
+    def _current(self, x: Tensor) -> Tensor:
+        """norm(W * x)."""
+        T = x.shape[0]
+        repeats = T if T > 1 and x.stride(0) == 0 else 1
+        z = self._weighted(x[:1] if repeats > 1 else x)
+        current = z if self.norm is None else self.norm(z, repeats=repeats)
+        return current.expand(T, *current.shape[1:]) if repeats > 1 else current
+
+    def _weighted(self, x: Tensor) -> Tensor:
+        """z = W * x."""
+        return apply_weight(self.synapse, x, chunk=self.chunk)
+
+    def _run_lean(
+        self, x: Spikes, v_0: Tensor | None, shortcut: "Spikes | LaterCurrent | None"
+    ) -> tuple[PackedSpikes, Tensor]:
+        neuron, units, inputs = self.neuron, [self], [x]
+        if neuron is None or type(neuron).forward is not SpikingNeuron.forward:
+            raise StrategyError(
+                f"{type(neuron).__name__} has a forward of its own, which a lean unit cannot rebuild; use "
+                "strategy='bptt' or 'checkpoint', or keep='all' for this unit."
+            )
+        if isinstance(shortcut, LaterCurrent):
+            units, inputs, shortcut = [self, shortcut.unit], [x, shortcut.x], None
+        branches = [unit.branch(i) for unit, i in zip(units, inputs, strict=True)]
+        spikes, v_T, statistics = run_lean(
+            branches,
+            None if shortcut is None else packed_or_dense(shortcut),
+            v_0,
+            dynamics_of(branches[0].weight, **neuron.options()),
+            pool=self.pool,
+            keep=self.keep,
+            backend=neuron.backend,
+        )
+        for unit, branch, pair in zip(units, branches, statistics, strict=True):
+            if pair is not None and isinstance(unit.norm, BatchNorm):
+                mean, var = (t.to(v_T.dtype) for t in pair)
+                steps = 1 if branch.repeats > 1 else spikes.shape[0]
+                elements = steps * v_T.numel() // (v_T.shape[1] * mean.shape[0])
+                unit.norm.track(Moments(mean, var, elements), branch.repeats)
+        return spikes, v_T
+
+    def branch(self, x: Spikes) -> Branch:
+        """norm(W * x) as a term of a lean unit's current."""
+        x = packed_or_dense(x)
+        as_tensor = x.carrier if isinstance(x, PackedSpikes) else x
+        self._check_channels(as_tensor)
+        if self.norm is not None and not isinstance(self.norm, BatchNorm):
+            raise StrategyError(
+                f"{type(self.norm).__name__} is a norm that a lean unit cannot rebuild; known are BatchNorm and "
+                "StepBatchNorm. Use strategy='bptt' or 'checkpoint', or keep='all' for this unit."
+            )
+        weight, bias = parameters_of(self.synapse, as_tensor.device.type)
+        if not isinstance(x, PackedSpikes) and autocasting(x.device.type):
+            x = x.to(weight.dtype)
+        normal = Normal() if self.norm is None else self.norm.normal()
+        return Branch(x, map_of(self.synapse), weight, bias, normal, self.chunk)
 
     def init_state(
         self, batch_size: int, shape: tuple[int, ...], *, device: Any = None, dtype: torch.dtype = torch.float32
@@ -98,13 +190,10 @@ class SpikingUnit(nn.Module):
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of one sample of the current, for input samples of `shape`."""
         weight = torch.empty(self.synapse.weight.shape, device="meta")
-        geometry = None
-        if not isinstance(self.synapse, nn.Linear):
-            s = self.synapse
-            geometry = (s.stride, s.padding, s.dilation, s.groups)
-        return tuple(_call(torch.empty((1, *shape), device="meta"), weight, None, geometry).shape[1:])
+        return tuple(map_of(self.synapse)(torch.empty((1, *shape), device="meta"), weight, None).shape[1:])
 
-    def _check_time(self, x: Tensor) -> None:
+    def _check_time(self, x: Spikes) -> None:
+        x = x.carrier if isinstance(x, PackedSpikes) else x
         if x.ndim < 3:
             raise ShapeError(
                 f"{type(self).__name__}: expected x as [T, B, C, ...], got {tuple(x.shape)}. "
@@ -222,16 +311,22 @@ class SpikingConv1d(SpikingUnit):
         self.over = over
         self.consumes_time = over == "time"
 
-    def forward(self, x: Tensor, v_0: Tensor | None = None, *, shortcut: Tensor | None = None) -> tuple[Tensor, Any]:
+    def _weighted(self, x: Tensor) -> Tensor:
         if self.over == "space":
-            return super().forward(x, v_0, shortcut=shortcut)
-        self._check_time(x)
-        # [T, B, C] -> [1, B, C, T] -> [T', B, C_out]: time takes the place of the length
-        z = apply_weight(self.synapse, x.permute(1, 2, 0).unsqueeze(0))[0].permute(2, 0, 1).contiguous()
-        current = z if self.norm is None else self.norm(z)
-        if shortcut is not None:
-            current = current + shortcut
-        return (current, None) if self.neuron is None else self.neuron(current, v_0)
+            return super()._weighted(x)
+        return apply_weight(self.synapse, _time_as_length(x))[0].permute(2, 0, 1).contiguous()
+
+    def _check_channels(self, x: Tensor) -> None:
+        check_input(self.synapse, x if self.over == "space" else _time_as_length(x))
+
+    def _current(self, x: Tensor) -> Tensor:
+        if self.over == "space":
+            return super()._current(x)
+        z = self._weighted(x)
+        return z if self.norm is None else self.norm(z)
+
+    def branch(self, x: Spikes) -> Branch:
+        return super().branch(x)._replace(over_time=self.over == "time")
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return super().output_shape(shape) if self.over == "space" else (int(self.synapse.weight.shape[0]),)
@@ -269,6 +364,23 @@ class SpikingLinear(SpikingUnit):
         make = StandardizedLinear if norm == "ws" else nn.Linear
         synapse = make(in_features, out_features, bias=norm in ("ws", "none"))
         super().__init__(synapse, _norm(norm, out_features, neuron), neuron, chunk=chunk)
+
+
+def _time_as_length(x: Tensor) -> Tensor:
+    """[T, B, C] -> [1, B, C, T]."""
+    return x.permute(1, 2, 0).unsqueeze(0)
+
+
+@dataclass(frozen=True)
+class LaterCurrent:
+    """The current of a unit without a neuron, computed by the unit that adds it to its own."""
+
+    unit: SpikingUnit
+    x: Spikes
+
+    def dense(self) -> Tensor:
+        """The current now, by plain autograd."""
+        return self.unit(dense(self.x))[0]
 
 
 def pool_spikes(s: Tensor, pool: str | None) -> Tensor:

@@ -6,6 +6,8 @@ to agree to rounding, runs on the folded batch [T * B, ...] in one call.
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,28 +35,95 @@ def apply_weight(module: Weight, x: Tensor, *, chunk: int | None = None) -> Tens
     Raises:
         ShapeError: another rank or number of channels than the module expects.
     """
-    _check(module, x)
+    check_input(module, x)
+    weight, bias = parameters_of(module, x.device.type)
+    return _Stepwise.apply(x.to(weight.dtype) if autocasting(x.device.type) else x, weight, bias, map_of(module), chunk)
+
+
+class Map(NamedTuple):
+    """A weight without its numbers: a linear map, or a convolution of given geometry.
+
+    `thin` is the stride along each space axis that is applied to the input before the convolution sees it.
+    """
+
+    kind: str
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    thin: tuple[int, ...] = ()
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Rows [N, C, ...] -> [N, C_out, ...]."""
+        if self.kind == "linear":
+            return F.linear(x, weight, bias)
+        convolve = F.conv2d if self.kind == "conv2d" else F.conv1d
+        return convolve(_dense(self._thinned(x)), weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def gradient(
+        self, x: Tensor, g: Tensor, weight: Tensor, wants: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(dx, dweight, dbias) of rows [N, C, ...] for g = dL/dz; those not wanted are None."""
+        if self.kind == "linear":
+            x_rows, g_rows = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+            dx = (g_rows @ weight).view(x.shape) if wants[0] else None
+            return dx, g_rows.mT @ x_rows if wants[1] else None, g_rows.sum(0) if wants[2] else None
+        thinned = self._thinned(x)
+        dx, dw, db = torch.ops.aten.convolution_backward(
+            _dense(g),
+            _dense(thinned),
+            weight,
+            [weight.shape[0]],
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,
+            [0] * len(self.stride),
+            self.groups,
+            list(wants),
+        )
+        if wants[0] and self.thin:
+            full = torch.zeros_like(x, dtype=dx.dtype)
+            self._thinned(full).copy_(dx)
+            dx = full
+        return dx if wants[0] else None, dw if wants[1] else None, db if wants[2] else None
+
+    def _thinned(self, x: Tensor) -> Tensor:
+        return x[(..., *(slice(None, None, step) for step in self.thin))] if self.thin else x
+
+
+def map_of(module: Weight) -> Map:
+    """The map of a module."""
+    if isinstance(module, nn.Linear):
+        return Map("linear")
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+        raise OptionError(f"apply_weight: give {type(module).__name__} a numeric zero padding.")
+    kind = "conv2d" if isinstance(module, nn.Conv2d) else "conv1d"
+    stride, thin = tuple(module.stride), tuple[int, ...]()
+    if set(module.kernel_size) == {1} and set(module.padding) == {0} and max(stride) > 1:
+        # oneDNN writes out of bounds in the weight gradient of strided 1x1 convolutions (seen in torch 2.13 on CPU)
+        stride, thin = (1,) * len(stride), stride
+    return Map(kind, stride, tuple(module.padding), tuple(module.dilation), module.groups, thin)
+
+
+def parameters_of(module: Weight, device: str) -> tuple[Tensor, Tensor | None]:
+    """(weight, bias) as the map takes them: standardised, and cast where autocast asks for it."""
     weight, bias = module.weight, module.bias
     if isinstance(module, StandardizedConv2d | StandardizedLinear):
         weight = module.standardized()
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    geometry = None
-    if isinstance(module, nn.Conv1d | nn.Conv2d):
-        if module.padding_mode != "zeros" or isinstance(module.padding, str):
-            raise OptionError(f"apply_weight: give {type(module).__name__} a numeric zero padding.")
-        stride: tuple[int, ...] = module.stride
-        if set(module.kernel_size) == {1} and set(module.padding) == {0} and max(stride) > 1:
-            # oneDNN writes out of bounds in the weight gradient of strided 1x1 convolutions (seen in torch 2.13 on CPU)
-            x = x[..., :: stride[0]] if len(stride) == 1 else x[..., :: stride[0], :: stride[1]]
-            stride = (1,) * len(stride)
-        geometry = (stride, module.padding, module.dilation, module.groups)
-    return _Stepwise.apply(x, weight, bias, geometry, chunk)
+    if autocasting(device):
+        dtype = torch.get_autocast_dtype(device)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    return weight, bias
 
 
-def _check(module: Weight, x: Tensor) -> None:
+def autocasting(device: str) -> bool:
+    """Whether weights run in the dtype of autocast now."""
+    return torch.is_autocast_enabled(device)
+
+
+def check_input(module: Weight, x: Tensor) -> None:
+    """Raise ShapeError unless `x` is a sequence that the module takes."""
     name = type(module).__name__
     if isinstance(module, nn.Linear):
         if x.ndim < 3 or x.shape[-1] != module.in_features:
@@ -76,58 +145,37 @@ class _Stepwise(torch.autograd.Function):
     """Forward one step (and `chunk` rows) at a time, backward on the folded batch; keeps the input and the weight."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, geometry, chunk):
+    def forward(ctx, x, weight, bias, map_, chunk):
         ctx.save_for_backward(x, weight)
-        ctx.geometry, ctx.has_bias = geometry, bias is not None
-        T, B = x.shape[:2]
-        rows = B if chunk is None else min(chunk, B)
-        z = None
-        for t in range(T):
-            for b in range(0, B, rows):
-                piece = _call(_dense(x[t, b : b + rows]), weight, bias, geometry)
-                if z is None:
-                    if piece.shape[0] == T * B:
-                        return piece.unflatten(0, (T, B))
-                    z = _empty(piece, T, B)
-                z[t, b : b + rows] = piece
-        return z
+        ctx.map, ctx.has_bias = map_, bias is not None
+        return stepwise(x.__getitem__, x.shape[0], map_, weight, bias, chunk)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         x, weight = ctx.saved_tensors
-        want_x, want_w, want_b = (
-            ctx.needs_input_grad[0],
-            ctx.needs_input_grad[1],
-            ctx.has_bias and ctx.needs_input_grad[2],
-        )
-        if ctx.geometry is None:
-            rows, g_rows = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-            dx = (g_rows @ weight).view(x.shape) if want_x else None
-            dw = g_rows.mT @ rows if want_w else None
-            return dx, dw, g_rows.sum(0) if want_b else None, None, None
-        stride, padding, dilation, groups = ctx.geometry
-        dx, dw, db = torch.ops.aten.convolution_backward(
-            _dense(g.flatten(0, 1)),
-            _dense(x.flatten(0, 1)),
-            weight,
-            [weight.shape[0]],
-            stride,
-            padding,
-            dilation,
-            False,
-            [0] * len(stride),
-            groups,
-            [want_x, want_w, want_b],
-        )
-        return dx.unflatten(0, x.shape[:2]) if want_x else None, dw, db, None, None
+        wants = (*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2])
+        dx, dw, db = ctx.map.gradient(x.flatten(0, 1), g.flatten(0, 1), weight, wants)
+        return None if dx is None else dx.unflatten(0, x.shape[:2]), dw, db, None, None
 
 
-def _call(x: Tensor, weight: Tensor, bias: Tensor | None, geometry) -> Tensor:
-    if geometry is None:
-        return F.linear(x, weight, bias)
-    convolve = F.conv2d if weight.ndim == 4 else F.conv1d
-    return convolve(x, weight, bias, *geometry)
+def stepwise(
+    step: Callable[[int], Tensor], timesteps: int, map_: Map, weight: Tensor, bias: Tensor | None, chunk: int | None
+) -> Tensor:
+    """z [T, B, ...] of the inputs step(t) [B, ...], `chunk` rows of one step per call: the one forward of a weight."""
+    z = None
+    for t in range(timesteps):
+        x = step(t)
+        rows = x.shape[0] if chunk is None else min(chunk, x.shape[0])
+        for b in range(0, x.shape[0], rows):
+            piece = map_(x[b : b + rows], weight, bias)
+            if z is None:
+                if piece.shape[0] == timesteps * x.shape[0]:
+                    return piece.unflatten(0, (timesteps, -1))
+                z = _empty(piece, timesteps, x.shape[0])
+            z[t, b : b + rows] = piece
+    assert z is not None, "a sequence has at least one step"
+    return z
 
 
 def _dense(x: Tensor) -> Tensor:

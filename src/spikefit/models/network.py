@@ -46,6 +46,7 @@ class SpikingNetwork(nn.Module):
         self.input_shape = tuple(input_shape)
         self.timesteps = timesteps
         self.strategy = parse_strategy(strategy)
+        self.strategy.set_keeps(self)
         if not self.blocks:
             raise OptionError("SpikingNetwork: expected at least one block, got none.")
         consumers = self.time_consumers()
@@ -194,6 +195,7 @@ def use_strategy(model: nn.Module, strategy: str | dict[str, Any] | Strategy) ->
             f"use_strategy: {type(model).__name__} contains no SpikingNetwork; build the model from "
             "spikefit.SpikingNetwork([...]) or spikefit.create_model(...)."
         )
+    parsed.set_keeps(model)
     for network in networks:
         network.strategy = parsed
     return model

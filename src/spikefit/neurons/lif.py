@@ -1,6 +1,7 @@
 """Leaky integrate-and-fire neurons. The equation and its options stand in `spikefit.ops.lif.lif`."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,23 +53,25 @@ class SpikingNeuron(nn.Module):
         """(leak, gain): the share of the membrane kept per step, and the factor on the input."""
         raise NotImplementedError
 
+    def options(self) -> dict[str, Any]:
+        """The keyword options of `spikefit.lif` that this neuron stands for."""
+        leak, gain = self.coefficients()
+        return {
+            "leak": leak,
+            "gain": gain,
+            "v_threshold": self.v_threshold,
+            "v_reset": self.v_reset,
+            "reset": self.reset,
+            "v_rest": self.v_rest,
+            "strict": self.strict,
+            "detach_reset": self.detach_reset,
+            "surrogate": self.surrogate,
+            "backend": self.backend,
+        }
+
     def forward(self, x: Tensor, v_0: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Current [T, B, ...] and membrane [B, ...] (None for zeros) -> (spikes [T, B, ...], membrane [B, ...])."""
-        leak, gain = self.coefficients()
-        return lif(
-            x,
-            v_0,
-            leak=leak,
-            gain=gain,
-            v_threshold=self.v_threshold,
-            v_reset=self.v_reset,
-            reset=self.reset,
-            v_rest=self.v_rest,
-            strict=self.strict,
-            detach_reset=self.detach_reset,
-            surrogate=self.surrogate,
-            backend=self.backend,
-        )
+        return lif(x, v_0, **self.options())
 
     def extra_repr(self) -> str:
         reset = "none" if not self.reset else "soft" if self.v_reset is None else f"hard to {self.v_reset:g}"

@@ -35,7 +35,7 @@ def forward(x_RN: Tensor, v_0: Tensor, spikes_TN: Tensor, v_T: Tensor, coefficie
             forward(x_RN[:, cut].float(), v_0[cut], scratch, v_T[cut], coefficients, equation)
             spikes_TN[:, cut] = scratch
         return
-    number = _number(v_0)
+    number = number_type(v_0)
     leak, gain, theta = map(number, coefficients)
     use_torch_threads()
     _forward(
@@ -85,7 +85,7 @@ def backward(
             )
             dx_TN[:, cut] = scratch
         return total
-    number = _number(v_0)
+    number = number_type(v_0)
     leak, gain, theta = map(number, coefficients)
     form, detached = FORMS[equation.surrogate.name], equation.detach_reset
     # the default neuron works in the memory of dx, with v and q in buffers; the others hold u of all steps
@@ -124,7 +124,7 @@ def _values(v_N: Tensor) -> np.ndarray:
     return (v_N if v_N.stride(0) else v_N[:1]).numpy()
 
 
-def _number(v: Tensor):
+def number_type(v: Tensor):
     """The numpy scalar type of the compute dtype: a Python float would promote float32 arithmetic to float64."""
     return np.float64 if v.dtype == torch.float64 else np.float32
 
@@ -143,7 +143,7 @@ def _half_blocks(rows: Tensor) -> list[slice]:
 
 
 @numba.njit(cache=True, error_model="numpy")
-def _cut(v_N, lo, hi):
+def block_state(v_N, lo, hi):
     """A copy of v_N[lo:hi]; an array of one value stands for that value repeated."""
     v = np.empty(hi - lo, v_N.dtype)
     if v_N.size == 1:
@@ -154,19 +154,19 @@ def _cut(v_N, lo, hi):
 
 
 @numba.njit(cache=True, error_model="numpy")
-def _charge(v, x, leak, gain, v_rest):
+def charge(v, x, leak, gain, v_rest):
     """The membrane before the reset."""
     return leak * v + gain * x if v_rest == 0 else v_rest + leak * (v - v_rest) + gain * x
 
 
 @numba.njit(cache=True, error_model="numpy")
-def _fire(u, theta, strict):
+def fires(u, theta, strict):
     """1 where u reaches theta, else 0."""
     return type(u)(1) if u > theta or (u == theta and not strict) else type(u)(0)
 
 
 @numba.njit(cache=True, error_model="numpy")
-def _reset(u, s, theta, reset, v_reset):
+def after_reset(u, s, theta, reset, v_reset):
     """The membrane after the reset."""
     return u - theta * s if reset == SOFT else u + s * (v_reset - u) if reset == HARD else u
 
@@ -175,10 +175,10 @@ def _reset(u, s, theta, reset, v_reset):
 def _advance(x, v, s, leak, gain, theta, reset, v_reset, v_rest, strict):
     """One step: s <- spikes, v <- membrane after the reset."""
     for i in range(v.size):
-        u = _charge(v[i], x[i], leak, gain, v_rest)
-        fired = _fire(u, theta, strict)
+        u = charge(v[i], x[i], leak, gain, v_rest)
+        fired = fires(u, theta, strict)
         s[i] = fired
-        v[i] = _reset(u, fired, theta, reset, v_reset)
+        v[i] = after_reset(u, fired, theta, reset, v_reset)
 
 
 @numba.njit(cache=True, error_model="numpy", parallel=True)
@@ -186,7 +186,7 @@ def _forward(x_RN, v_0, spikes_TN, v_T, leak, gain, theta, reset, v_reset, v_res
     T, N = spikes_TN.shape
     for b in prange((N + block - 1) // block):
         lo, hi = b * block, min(N, (b + 1) * block)
-        v = _cut(v_0, lo, hi)
+        v = block_state(v_0, lo, hi)
         for t in range(T):
             x = x_RN[t if x_RN.shape[0] > 1 else 0, lo:hi]
             _advance(x, v, spikes_TN[t, lo:hi], leak, gain, theta, reset, v_reset, v_rest, strict)
@@ -198,13 +198,13 @@ def _rebuild(x, v, u, s, given, leak, gain, theta, reset, v_reset, v_rest, stric
     """One step again: u <- membrane before the reset, v <- after it; resets where `s` fired if `given`."""
     if given:
         for i in range(v.size):
-            u[i] = _charge(v[i], x[i], leak, gain, v_rest)
-            v[i] = _reset(u[i], s[i], theta, reset, v_reset)
+            u[i] = charge(v[i], x[i], leak, gain, v_rest)
+            v[i] = after_reset(u[i], s[i], theta, reset, v_reset)
     else:
         for i in range(v.size):
-            charged = _charge(v[i], x[i], leak, gain, v_rest)
+            charged = charge(v[i], x[i], leak, gain, v_rest)
             u[i] = charged
-            v[i] = _reset(charged, _fire(charged, theta, strict), theta, reset, v_reset)
+            v[i] = after_reset(charged, fires(charged, theta, strict), theta, reset, v_reset)
 
 
 @numba.njit(cache=True, error_model="numpy")
@@ -215,7 +215,7 @@ def _atan_slope(u, theta, p):
 
 
 @numba.njit(cache=True, error_model="numpy")
-def _slope(u, out, theta, kind, p):
+def fill_slope(u, out, theta, kind, p):
     """out <- surrogate slope at u - theta; `kind` is `Form.kernel` of the surrogate."""
     one, half = u.dtype.type(1), u.dtype.type(0.5)
     if kind == ATAN:
@@ -241,7 +241,7 @@ def _slope(u, out, theta, kind, p):
 
 
 @numba.njit(cache=True, error_model="numpy")
-def _to_membrane(g, slope, q, u, fired, theta, reset, v_reset, a):
+def to_membrane(g, slope, q, u, fired, theta, reset, v_reset, a):
     """D = dL/du of one neuron and step, from g = dL/ds and q = dL/dv."""
     one = type(u)(1)
     if reset == SOFT:
@@ -255,8 +255,8 @@ def _to_membrane(g, slope, q, u, fired, theta, reset, v_reset, a):
 def _adjoint(u, s, given, slope, g, q, dx, leak, gain, theta, reset, v_reset, strict, a):
     """One step back: dx <- gain D, q <- leak D."""
     for i in range(u.size):
-        fired = s[i] if given else _fire(u[i], theta, strict)
-        d = _to_membrane(g[i], slope[i], q[i], u[i], fired, theta, reset, v_reset, a)
+        fired = s[i] if given else fires(u[i], theta, strict)
+        d = to_membrane(g[i], slope[i], q[i], u[i], fired, theta, reset, v_reset, a)
         dx[i], q[i] = gain * d, leak * d
 
 
@@ -266,7 +266,7 @@ def _adjoint_soft_atan(u_dx, g, q, leak, gain, theta, a, p):
     for i in range(u_dx.size):
         u = u_dx[i]
         slope = _atan_slope(u, theta, p)
-        d = _to_membrane(g[i], slope, q[i], u, u, theta, SOFT, u, a)
+        d = to_membrane(g[i], slope, q[i], u, u, theta, SOFT, u, a)
         u_dx[i], q[i] = gain * d, leak * d
 
 
@@ -275,8 +275,8 @@ def _add_sums(out_3, u, s, given, slope, g, q, v, x, theta, reset, v_reset, v_re
     """Add the share of one step in d(leak, gain, theta), before `_adjoint`; `v` is where the step starts."""
     d_leak = d_gain = d_theta = 0.0
     for i in range(u.size):
-        fired = s[i] if given else _fire(u[i], theta, strict)
-        d = _to_membrane(g[i], slope[i], q[i], u[i], fired, theta, reset, v_reset, a)
+        fired = s[i] if given else fires(u[i], theta, strict)
+        d = to_membrane(g[i], slope[i], q[i], u[i], fired, theta, reset, v_reset, a)
         d_leak += d * (v[i] - v_rest)
         d_gain += d * x[i]
         d_theta -= g[i] * slope[i]
@@ -302,7 +302,7 @@ def _backward(
         # v_all[t] is the membrane that step t starts from, kept only for the gradient of leak
         u_all = np.empty((0 if in_place else T, n), v_0.dtype)
         v_all = np.empty((T if want_coefficients else 0, n), v_0.dtype)
-        v, slope = _cut(v_0, lo, hi), np.empty(n, v_0.dtype)
+        v, slope = block_state(v_0, lo, hi), np.empty(n, v_0.dtype)
         for t in range(T):
             if want_coefficients:
                 v_all[t] = v
@@ -310,7 +310,7 @@ def _backward(
             s = spikes_TN[t, lo:hi] if given else u
             _rebuild(x, v, u, s, given, leak, gain, theta, reset, v_reset, v_rest, strict)
 
-        q = _cut(q_N, lo, hi)
+        q = block_state(q_N, lo, hi)
         for t in range(T - 1, -1, -1):
             g, dx = g_TN[t, lo:hi], dx_TN[t, lo:hi]
             if in_place:
@@ -318,7 +318,7 @@ def _backward(
                 continue
             u = u_all[t]
             s = spikes_TN[t, lo:hi] if given else u
-            _slope(u, slope, theta, kind, p)
+            fill_slope(u, slope, theta, kind, p)
             if want_coefficients:
                 x = x_RN[t if x_RN.shape[0] > 1 else 0, lo:hi]
                 _add_sums(sums[b], u, s, given, slope, g, q, v_all[t], x, theta, reset, v_reset, v_rest, strict, a)

@@ -15,6 +15,14 @@ from spikefit.ops.surrogate import FORMS, Surrogate, atan
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
+class Dynamics(NamedTuple):
+    """What drives a membrane: the equation, and (leak, gain, v_threshold) as numbers or as a learned tensor [3]."""
+
+    equation: Equation
+    constants: tuple[float, float, float]
+    learned: Tensor | None
+
+
 class LIFGradients(NamedTuple):
     """Gradients of one LIF sequence; `leak`, `gain` and `v_threshold` are 0-d tensors summed over all neurons."""
 
@@ -81,12 +89,9 @@ def lif(
     equation = Equation.make(
         v_reset=v_reset, reset=reset, v_rest=v_rest, strict=strict, detach_reset=detach_reset, surrogate=surrogate
     )
-    v_0 = _checked_state("lif", x, v_0)
-    constants, learned = _coefficients(leak, gain, v_threshold, v_0)
-    chosen = _choose(x, equation, backend)
-    if chosen == "reference":
-        return reference.lif(x, v_0, leak=leak, gain=gain, v_threshold=v_threshold, equation=equation)
-    return _lif_forward(x, v_0, learned, *constants, *_flat(equation), chosen)
+    v_0 = checked_state("lif", x, v_0)
+    dynamics = Dynamics(equation, *coefficients(leak, gain, v_threshold, v_0))
+    return advance(x, v_0, dynamics, choose_backend(x, equation, backend))
 
 
 def lif_backward(
@@ -129,7 +134,7 @@ def lif_backward(
     equation = Equation.make(
         v_reset=v_reset, reset=reset, v_rest=v_rest, strict=strict, detach_reset=detach_reset, surrogate=surrogate
     )
-    v_0 = _checked_state("lif_backward", x, v_0)
+    v_0 = checked_state("lif_backward", x, v_0)
     for name, tensor in (("g", g), ("spikes", spikes)):
         if tensor is not None and tensor.shape != x.shape:
             raise ShapeError(
@@ -140,20 +145,35 @@ def lif_backward(
         raise StateError(
             f"lif_backward: expected q, the gradient of the last membrane, {tuple(v_0.shape)}, got {tuple(q.shape)}."
         )
-    constants, learned = _coefficients(leak, gain, v_threshold, v_0)
-    chosen = _choose(x, equation, backend)
-    with torch.no_grad():
-        if chosen == "reference":
-            dx, dv_0, d_3 = reference.lif_backward(
-                g, q, x, v_0, spikes, leak=leak, gain=gain, v_threshold=v_threshold, equation=equation
-            )
-        else:
-            options = (*constants, *_flat(equation), chosen)
-            dx, dv_0, d_3 = _lif_backward(g, q, x, v_0, learned, spikes, *options, True, True)
+    dynamics = Dynamics(equation, *coefficients(leak, gain, v_threshold, v_0))
+    dx, dv_0, d_3 = retrace(g, q, x, v_0, spikes, dynamics, choose_backend(x, equation, backend))
     return LIFGradients(dx, dv_0, *d_3.unbind())
 
 
-def _checked_state(who: str, x: Tensor, v_0: Tensor | None) -> Tensor:
+def advance(x: Tensor, v_0: Tensor, dynamics: Dynamics, backend: str) -> tuple[Tensor, Tensor]:
+    """`lif` on a chosen backend, without its checks."""
+    equation, constants, learned = dynamics
+    if backend == "reference":
+        leak, gain, v_threshold = constants if learned is None else learned.unbind()
+        return reference.lif(x, v_0, leak=leak, gain=gain, v_threshold=v_threshold, equation=equation)
+    return _lif_forward(x, v_0, learned, *constants, *flat(equation), backend)
+
+
+@torch.no_grad()
+def retrace(
+    g: Tensor, q: Tensor, x: Tensor, v_0: Tensor, spikes: Tensor | None, dynamics: Dynamics, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`lif_backward` on a chosen backend, without its checks: (dx, dv_0, d(leak, gain, v_threshold) [3])."""
+    equation, constants, learned = dynamics
+    if backend == "reference":
+        leak, gain, v_threshold = constants if learned is None else learned.unbind()
+        return reference.lif_backward(
+            g, q, x, v_0, spikes, leak=leak, gain=gain, v_threshold=v_threshold, equation=equation
+        )
+    return _lif_backward(g, q, x, v_0, learned, spikes, *constants, *flat(equation), backend, True, True)
+
+
+def checked_state(who: str, x: Tensor, v_0: Tensor | None) -> Tensor:
     """Check `x` and `v_0`; returns v_0, one zero repeated if None."""
     if x.dtype not in DTYPES:
         raise ShapeError(f"{who}: expected a floating point current, got {x.dtype}; call x.float() first.")
@@ -175,7 +195,29 @@ def _checked_state(who: str, x: Tensor, v_0: Tensor | None) -> Tensor:
     return v_0
 
 
-def _coefficients(
+def dynamics_of(
+    like: Tensor,
+    *,
+    leak: Scalar,
+    gain: Scalar,
+    v_threshold: Scalar,
+    v_reset: float | None,
+    reset: bool,
+    v_rest: float | None,
+    strict: bool,
+    detach_reset: bool,
+    surrogate: Surrogate,
+    backend: dispatch.Backend,
+) -> Dynamics:
+    """The options of `lif` as one value, for a layer whose weights are `like` in dtype and device."""
+    equation = Equation.make(
+        v_reset=v_reset, reset=reset, v_rest=v_rest, strict=strict, detach_reset=detach_reset, surrogate=surrogate
+    )
+    compute = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return Dynamics(equation, *coefficients(leak, gain, v_threshold, like.new_empty(0, dtype=compute)))
+
+
+def coefficients(
     leak: Scalar, gain: Scalar, v_threshold: Scalar, v_0: Tensor
 ) -> tuple[tuple[float, float, float], Tensor | None]:
     """(numbers, None) if all are numbers, else (unused numbers, tensor [3] through which gradients flow)."""
@@ -192,7 +234,7 @@ def _coefficients(
     return (0.0, 0.0, 0.0), torch.stack([torch.as_tensor(c, dtype=v_0.dtype, device=v_0.device) for c in given])
 
 
-def _choose(x: Tensor, equation: Equation, backend: str) -> str:
+def choose_backend(x: Tensor, equation: Equation, backend: str) -> str:
     """Resolve the backend for this call."""
     if FORMS[equation.surrogate.name].kernel is None:
         no = f"surrogate {equation.surrogate.name} has no compiled slope."
@@ -202,7 +244,7 @@ def _choose(x: Tensor, equation: Equation, backend: str) -> str:
     return dispatch.choose(backend, triton=triton, numba=dispatch.numba_refusal(x))
 
 
-def _flat(equation: Equation) -> tuple[str, float, float, bool, bool, str, float]:
+def flat(equation: Equation) -> tuple[str, float, float, bool, bool, str, float]:
     """The equation as arguments a custom op can take."""
     e = equation
     return e.reset, e.v_reset, e.v_rest, e.strict, e.detach_reset, e.surrogate.name, e.surrogate.parameter
@@ -266,7 +308,7 @@ def _kernels(backend: str):
     return cpu
 
 
-def _equation(
+def unflat(
     reset: str, v_reset: float, v_rest: float, strict: bool, detach_reset: bool, surrogate: str, parameter: float
 ) -> Equation:
     return Equation(reset, v_reset, v_rest, strict, detach_reset, Surrogate(surrogate, parameter))  # type: ignore[arg-type]
@@ -289,7 +331,7 @@ def _lif_forward(
     parameter: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    equation = _equation(reset, v_reset, v_rest, strict, detach_reset, surrogate, parameter)
+    equation = unflat(reset, v_reset, v_rest, strict, detach_reset, surrogate, parameter)
     layout = Layout(x)
     spikes, v_T = layout.empty(x, x.dtype), layout.empty_state(x, v_0.dtype)
     _kernels(backend).forward(
@@ -297,7 +339,7 @@ def _lif_forward(
         _state_row(layout, v_0, backend),
         layout.rows(spikes),
         layout.flat(v_T),
-        _numbers(learned, (leak, gain, v_threshold), backend),
+        numbers(learned, (leak, gain, v_threshold), backend),
         equation,
     )
     return spikes, v_T
@@ -332,7 +374,7 @@ def _lif_backward(
     want_coefficients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dv_0, d(leak, gain, v_threshold)); dv_0 is empty, and the last zeros, unless wanted."""
-    equation = _equation(reset, v_reset, v_rest, strict, detach_reset, surrogate, parameter)
+    equation = unflat(reset, v_reset, v_rest, strict, detach_reset, surrogate, parameter)
     layout = Layout(x)
     dx, dv_0 = layout.empty(x, x.dtype), _state_gradient(layout, v_0, want_state)
     d_3 = _kernels(backend).backward(
@@ -343,7 +385,7 @@ def _lif_backward(
         None if spikes is None else layout.rows(spikes.to(x.dtype)),
         layout.rows(dx),
         layout.flat(dv_0) if want_state else dv_0,
-        _numbers(learned, (leak, gain, v_threshold), backend),
+        numbers(learned, (leak, gain, v_threshold), backend),
         equation,
         want_coefficients,
     )
@@ -360,7 +402,7 @@ def _state_gradient(layout: Layout, v_0: Tensor, want: bool) -> Tensor:
     return layout.empty_state(v_0, v_0.dtype) if want else v_0.new_empty(0)
 
 
-def _numbers(learned: Tensor | None, constants: tuple[float, float, float], backend: str):
+def numbers(learned: Tensor | None, constants: tuple[float, float, float], backend: str):
     """(leak, gain, v_threshold) as numbers; on a GPU learned ones stay a tensor, which spares a synchronisation."""
     if learned is None:
         return constants

@@ -74,6 +74,54 @@ def affine(z: Tensor, scale: Tensor, shift: Tensor, *, backend: dispatch.Backend
     return _affine(z, scale.view(-1, z.shape[2]), shift.view(-1, z.shape[2]), _choose(z, backend))
 
 
+def gradient_sums(g: Tensor, z: Tensor, *, backend: dispatch.Backend = "auto") -> tuple[Tensor, Tensor]:
+    """Per step and channel (sum of g, sum of g z), [T, C] float64, of two sequences [T, B, C, ...]; no gradient."""
+    return _kernels(_choose(z, backend)).gradient_sums(_in_order_of(g, z), _view(z))
+
+
+def combine(g: Tensor, z: Tensor, a: Tensor, b: Tensor, c: Tensor, *, backend: dispatch.Backend = "auto") -> Tensor:
+    """a g + b z + c per channel; a, b, c are [C] or [T, C] in the compute dtype, the result is like `z`; no gradient."""
+    rows = _view(z)
+    out = torch.empty_like(rows)
+    _kernels(_choose(z, backend)).combine(_in_order_of(g, z), rows, a, b, c, out)
+    return _like(out, z)
+
+
+def moments(z: Tensor, *, per_step: bool = False, backend: dispatch.Backend = "auto") -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of a sequence [T, B, C, ...] per channel, [T, C] or [1, C] float64; no gradient."""
+    return _moments(z, per_step, _choose(z, backend))
+
+
+def scale_and_shift(weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The affine map of a norm, float64 [R, C]: x = z scale + shift."""
+    scale = weight.double() * torch.rsqrt(var + eps)
+    return scale, bias.double() - mean * scale
+
+
+class NormGradient(NamedTuple):
+    """dz = a g + b z + c and the gradients of weight and bias, all float64, [R, C]."""
+
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    d_weight: Tensor
+    d_bias: Tensor
+
+
+def norm_gradient(
+    sum_g: Tensor, sum_gz: Tensor, weight: Tensor, mean: Tensor, var: Tensor, eps: float, count: int
+) -> NormGradient:
+    """The gradient of a norm from its two sums, [R, C] float64; `count` values stand behind each entry.
+
+    dz = weight r (g - dbias / count - xh dweight / count),   r = 1 / sqrt(var + eps),   xh = (z - mean) r
+    """
+    inverse = torch.rsqrt(var + eps)
+    d_weight = (sum_gz - mean * sum_g) * inverse
+    a = weight.double() * inverse
+    b = -a * inverse * d_weight / count
+    return NormGradient(a, b, -a * sum_g / count - b * mean, d_weight, sum_g)
+
+
 def _check(z: Tensor, weight: Tensor) -> None:
     if z.ndim < 3 or z.shape[2] != weight.shape[-1]:
         raise ShapeError(f"norm: expected [T, B, C={weight.shape[-1]}, ...], got {tuple(z.shape)}.")
@@ -128,17 +176,31 @@ def _channel_norm(
     z: Tensor, weight: Tensor, bias: Tensor, eps: float, per_step: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x, mean, var); the moments are float64, [T, C] or [1, C]."""
-    kernels, rows, compute = _kernels(backend), _view(z), _compute(z)
-    total, squares = kernels.sums(rows)
+    mean, var = _moments_on(z, per_step, backend)
+    scale, shift = scale_and_shift(weight, bias, mean, var, eps)
+    rows, compute = _view(z), _compute(z)
+    out = torch.empty_like(rows)
+    _kernels(backend).affine(rows, scale.to(compute), shift.to(compute), out)
+    return _like(out, z), mean, var
+
+
+def _moments_on(z: Tensor, per_step: bool, backend: str) -> tuple[Tensor, Tensor]:
+    total, squares = _kernels(backend).sums(_view(z))
     if not per_step:
         total, squares = total.sum(0, keepdim=True), squares.sum(0, keepdim=True)
     count = z.numel() // total.numel()
     mean = total / count
-    var = (squares / count - mean * mean).clamp(min=0)
-    scale = weight.double() * torch.rsqrt(var + eps)
-    out = torch.empty_like(rows)
-    kernels.affine(rows, scale.to(compute), (bias.double() - mean * scale).to(compute), out)
-    return _like(out, z), mean, var
+    return mean, (squares / count - mean * mean).clamp(min=0)
+
+
+@torch.library.custom_op("spikefit::moments", mutates_args=())
+def _moments(z: Tensor, per_step: bool, backend: str) -> tuple[Tensor, Tensor]:
+    return _moments_on(z, per_step, backend)
+
+
+@_moments.register_fake
+def _(z, per_step, backend):
+    return tuple(z.new_empty((z.shape[0] if per_step else 1, z.shape[2]), dtype=torch.float64) for _ in range(2))
 
 
 @_channel_norm.register_fake
@@ -157,14 +219,10 @@ def _channel_norm_backward(
     sum_g, sum_gz = kernels.gradient_sums(g_rows, rows)
     if mean.shape[0] == 1:
         sum_g, sum_gz = sum_g.sum(0, keepdim=True), sum_gz.sum(0, keepdim=True)
-    count, inverse = z.numel() // mean.numel(), torch.rsqrt(var + eps)
-    d_bias, d_weight = sum_g, (sum_gz - mean * sum_g) * inverse
-    a = weight.double() * inverse
-    b = -a * inverse * d_weight / count
-    c = -a * d_bias / count - b * mean
+    d = norm_gradient(sum_g, sum_gz, weight, mean, var, eps, z.numel() // mean.numel())
     out = torch.empty_like(rows)
-    kernels.combine(g_rows, rows, a.to(compute), b.to(compute), c.to(compute), out)
-    return _like(out, z), d_weight.sum(0).to(weight.dtype), d_bias.sum(0).to(weight.dtype)
+    kernels.combine(g_rows, rows, d.a.to(compute), d.b.to(compute), d.c.to(compute), out)
+    return _like(out, z), d.d_weight.sum(0).to(weight.dtype), d.d_bias.sum(0).to(weight.dtype)
 
 
 @_channel_norm_backward.register_fake
