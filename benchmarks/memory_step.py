@@ -29,8 +29,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from statistics import linear_regression, median
 from typing import Any
@@ -60,9 +59,7 @@ TOLERANCE = {"float64": 1e-5, "float32": 1e-2}  # of first losses
 GRADIENT_TOLERANCE = {"float64": 1e-6, "float32": 1e-3}  # of all gradients as one vector
 DEPTHS = (4, 8, 12)
 
-
 CASES = {"A": Case("vgg6", 32, 8), "B": Case("vgg6", 8, 16), "C": Case("resnet19", 4, 8)}
-
 EVERY_CASE = dict.fromkeys(CASES, 1.0)
 
 # (measure, ours, rival) -> case -> highest ratio we want
@@ -107,19 +104,19 @@ def try_all(case: Case, names: Iterable[str]) -> tuple[dict[str, Contestant], di
 def first_steps(contestants: dict[str, Contestant], dtype: torch.dtype) -> tuple[dict[str, float], dict[str, float]]:
     """(first losses, distance of the gradient to that of bptt over its length), of those that are compared."""
     losses, distances, expected = {}, {}, []
-    for name, contestant in contestants.items():
+    for name, each in contestants.items():
         if dtype == torch.float64 and name.endswith("compiled"):
             continue
-        contestant.to(dtype)
-        losses[name] = contestant.step().item()
-        gradients = [p.grad for p in contestant.net.parameters() if p.ndim > 0]
+        each.to(dtype)
+        losses[name] = each.step().item()
+        gradients = [p.grad for p in each.net.parameters() if p.ndim > 0]
         if not expected:
             expected = gradients
         elif name.startswith("ours") or (dtype == torch.float64 and name.startswith("spikingjelly")):
             wrong = sum(float((g - e).square().sum()) for g, e in zip(gradients, expected, strict=True))
             distances[name] = (wrong / sum(float(e.square().sum()) for e in expected)) ** 0.5
-        contestant.net.zero_grad(set_to_none=True)
-        contestant.to(torch.float32)
+        each.net.zero_grad(set_to_none=True)
+        each.to(torch.float32)
     return losses, distances
 
 
@@ -144,18 +141,18 @@ def worker() -> None:
     job = json.load(sys.stdin)
     torch.set_num_threads(job["threads"])
     name = job["name"]
-    contestant = make(Case(**job["case"]), name)
+    made = contestant(Case(**job["case"]), name)
     for _ in range(2):
-        contestant.step(None if name.endswith("compiled") else 2)
-        contestant.net.zero_grad(set_to_none=True)
+        made.step(None if name.endswith("compiled") else 2)
+        made.net.zero_grad(set_to_none=True)
     gc.collect()
     before = resident()
-    result: dict[str, int] = {"peak": _peak_during(contestant.step) - before}
+    result: dict[str, int] = {"peak": _peak_during(made.step) - before}
     if name.startswith("ours"):
-        result["saved"] = saved_bytes(contestant.net, contestant.x).total
+        result["saved"] = saved_bytes(made.net, made.x).total
     elif "compiled" not in name and "level" not in name:
-        with watch_saved(contestant.net) as saved:
-            contestant.forward(contestant.net, contestant.x)
+        with watch_saved(made.net) as saved:
+            made.forward(made.net, made.x)
         result["saved"] = saved.total
     print(json.dumps(result))
 

@@ -284,10 +284,13 @@ def contestant(case: Case, name: str) -> Contestant:
     image, labels = torch.randn(case.batch, 3, 32, 32), torch.randint(CLASSES, (case.batch,))
     x = image.expand(case.timesteps, *image.shape)
     library, *forms = name.split()
+    ours = our_net(
+        case.model, forms[0] if library == "ours" else "bptt"
+    )  # before the peer's, for the same random numbers
     if library == "ours":
-        return Contestant(*our_net(case.model, forms[0]), x, labels)
+        return Contestant(*ours, x, labels)
     net, forward = peer_net(library, case.model, case.timesteps)
-    same_weights([our_net(case.model)[0], net])
+    same_weights([ours[0], net])
     x = x.contiguous()
     if "channels_last" in forms:
         net = net.to(memory_format=torch.channels_last)

@@ -67,7 +67,8 @@ def step(forward, inputs, *, pack, **options):
     with pack_saved_tensors(**options) as saves:
         output = forward()
         loss = output.float().square().mean()
-    assert held_bytes() == saves.packed_bytes
+    # what was saved and let go again before the end of the forward is in the most at one time only
+    assert 0.9 * saves.packed_bytes < held_bytes() <= saves.packed_bytes
     return output.detach(), torch.autograd.grad(loss, inputs), saves.saved_bytes, saves.packed_bytes
 
 
@@ -77,7 +78,7 @@ def held_bytes():
     gc.collect()
     for record in gc.get_objects():
         if type(record) is Kept:
-            tensors = [record.tensor] if record.storage is not None else []
+            tensors = [record.tensor] if record.lease is not None else []
         elif type(record) is Packed:
             tensors = [record.bits, record.codec.levels]
         elif type(record) is Shifted:
@@ -307,6 +308,9 @@ def test_indices_of_max_pooling():
         assert record.nbytes < index.nbytes / 20
     save(torch.randint(-(2**62), 2**62, (8, 8, 8, 8)))
     save(torch.randint(0, 10_000, (8, 8, 8, 8)))
+    base = 3 * torch.arange(1024).view(32, 32)
+    for low, high in [(0, 2**15 - 1), (0, 2**16), (-(2**62), 2**62)]:
+        save(base + torch.tensor([low, high])[spikes(8, 8, 32, 32).long()])
 
 
 # Memory layout
@@ -390,6 +394,7 @@ def test_memory_that_is_used_again_is_not_confused():
             wanted.append(s.clone())
             del s
     assert saves.saved_bytes == 50 * 20_000
+    assert saves.packed_bytes == held_bytes() < saves.saved_bytes / 20
     for output, s in zip(outputs, wanted, strict=True):
         assert torch.equal(torch.autograd.grad(output, weight)[0], s)
 
@@ -444,6 +449,10 @@ def test_nothing_lives_longer_than_the_graph():
             assert all(record() is None for record in records)
             assert not saves._packed
             assert not saves._storages
+            assert saves._saved.now == saves._held.now == 0
+            most = saves.saved_bytes, saves.packed_bytes
+            (weight * spikes(5000)).sum().backward()
+            assert most == (saves.saved_bytes, saves.packed_bytes), "counts are the most at one time"
         with pack_saved_tensors():
             dropped = (weight * 2).exp()
         storage = StorageWeakRef(dropped.untyped_storage())

@@ -143,7 +143,9 @@ def test_backends_agree(backend, dtype, case):
     d, results = dynamics("hard", detach=False), []
     for name in ("reference", backend):
         current, v_0, _, grid, T, g, q = make(case, dtype)
-        current = current._replace(scales=[s.float() for s in current.scales], shifts=[s.float() for s in current.shifts])
+        current = current._replace(
+            scales=[s.float() for s in current.scales], shifts=[s.float() for s in current.shifts]
+        )
         bits, v_T = fire(current, v_0, T, grid, d, backend=name)
         sums = fire_sums(g, q, current, v_0, bits, grid, d, backend=name)
         factors = [torch.stack([s, s, s]) for s in current.scales]

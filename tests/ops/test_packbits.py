@@ -27,7 +27,9 @@ def test_comes_back(backend, bits, channels):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.uint8, torch.bfloat16, torch.float16, torch.float32, torch.float64]
+)
 def test_dtypes(backend, dtype):
     v = values(5, 24, bits=1).to(dtype)
     got = unpack(pack(v, backend=backend), 24, dtype=dtype, backend=backend)

@@ -11,7 +11,7 @@ Every packed tensor has been unpacked once and compared bit by bit; one that wou
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ from spikefit.ops.packbits import pack, unpack
 PATTERN = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Most levels of one tensor. More of them in a sample of SAMPLE elements reject a tensor at once; with more than FEW, a
-# larger sample is looked at before all elements are.
+# larger sample is looked at before all elements are, and integers are tried as distances first.
 LEVELS, SAMPLE, FEW = 256, 1024, 16
 # Elements per row of packed bits, a multiple of 8, and per piece that is worked on at a time: a piece fits in the cache
 # of a CPU; on other devices it is large enough to hide the start of the kernels.
@@ -69,76 +69,101 @@ def pack_saved_tensors(min_numel: int = 4096) -> "Iterator[PackedSaves]":
 
 
 class PackedSaves:
-    """What one block has saved so far. Holds no tensor itself: the graph does, until it is freed.
+    """What one block saves. Holds no tensor itself: the graph does, until it is freed.
 
-    Attributes:
-        saved_bytes: what autograd alone would have held, each storage once; without parameters (leaves that require a
-            gradient, and their views) and tensor subclasses.
-        packed_bytes: what is held instead: packed values, and the storages of tensors kept as they are.
+    Parameters (leaves that require a gradient, and their views) and tensor subclasses are not counted.
     """
 
     def __init__(self, min_numel: int) -> None:
-        self.saved_bytes = self.packed_bytes = 0
         self.min_numel = min_numel
+        self._saved, self._held = _Count(), _Count()
         self._storages: weakref.WeakValueDictionary[int, _Storage] = weakref.WeakValueDictionary()
         self._packed: weakref.WeakValueDictionary[tuple, Packed | Shifted] = weakref.WeakValueDictionary()
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes that autograd alone would have held, each storage once: the most at one time so far."""
+        return self._saved.most
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes held instead, packed values and storages of tensors kept as they are: the most at one time so far."""
+        return self._held.most
 
     def pack(self, tensor: Tensor) -> "Kept | Packed | Shifted":
         """What the graph holds in place of `tensor`."""
         if type(tensor) is not Tensor or tensor.layout is not torch.strided or _is_parameter(tensor):
             return Kept(tensor)
-        tensor = tensor.detach()
         storage = self._storage(tensor)
         packed = self._find_or_pack(tensor, storage) if tensor.numel() >= self.min_numel else None
         if packed is not None:
             return packed
         # A view keeps its whole storage, as in plain autograd: its siblings are mostly kept too, a copy would be added.
-        if not storage.kept:
-            storage.kept = True
-            self.packed_bytes += tensor.untyped_storage().nbytes()
-        return Kept(tensor, storage)
+        lease = storage.kept()
+        if lease is None:
+            lease = _Lease(self._held, tensor.untyped_storage().nbytes(), storage)
+            storage.kept = weakref.ref(lease)
+        return Kept(tensor, lease)
 
     def _storage(self, tensor: Tensor) -> "_Storage":
         data = tensor.untyped_storage()
         storage = self._storages.get(data._cdata)
         if storage is None:
-            storage = self._storages[data._cdata] = _Storage(StorageWeakRef(data))
-            self.saved_bytes += data.nbytes()
+            storage = _Storage(StorageWeakRef(data), _Lease(self._saved, data.nbytes()))
+            self._storages[data._cdata] = storage
         return storage
 
     def _find_or_pack(self, tensor: Tensor, storage: "_Storage") -> "Packed | Shifted | None":
         if not _has_patterns(tensor) or _memory_order(tensor).numel() < self.min_numel:
             return None
         place = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
-        key = (storage.alive.cdata, tensor._version, *place)
+        key = (storage.address.cdata, tensor._version, *place)
         packed = self._packed.get(key)
         # Kernels that write without telling autograd, and writes through `.data`, leave the version as it is.
         if packed is not None and packed.holds(tensor):
             return packed
         packed = _pack_best(tensor)
         if packed is not None:
-            packed.storage = storage
+            packed.lease = _Lease(self._held, packed.nbytes, storage)
             self._packed[key] = packed
-            self.packed_bytes += packed.nbytes
         return packed
+
+
+class _Count:
+    """Bytes now and the most so far."""
+
+    now = most = 0
+
+
+class _Lease:
+    """Counts bytes while it lives."""
+
+    def __init__(self, count: _Count, nbytes: int, storage: "_Storage | None" = None) -> None:
+        self.count, self.nbytes, self.storage = count, nbytes, storage
+        count.now += nbytes
+        count.most = max(count.most, count.now)
+
+    def __del__(self) -> None:
+        self.count.now -= self.nbytes
 
 
 @dataclass(eq=False)
 class _Storage:
     """A storage by its address, which is not used again while this object lives; the memory itself is not held."""
 
-    alive: StorageWeakRef
-    kept: bool = False
+    address: StorageWeakRef
+    saved: _Lease
+    kept: Callable[[], _Lease | None] = lambda: None
 
 
 class Kept:
     """A tensor as it is. Autograd checks no version of what a hook gives back, so that is done here."""
 
-    def __init__(self, tensor: Tensor, storage: _Storage | None = None) -> None:
+    def __init__(self, tensor: Tensor, lease: _Lease | None = None) -> None:
         # a result is held without its node, which holds this object; a leaf has none
         self.tensor = tensor if tensor.is_leaf and tensor.requires_grad else tensor.detach()
         self.version = tensor._version
-        self.storage = storage
+        self.lease = lease
 
     def restore(self) -> Tensor:
         """The tensor.
@@ -202,7 +227,7 @@ class Codec:
 class Packed:
     """A tensor as bits; made by `_pack`, which fills it."""
 
-    storage: _Storage | None = None
+    lease: _Lease | None = None
 
     def __init__(self, tensor: Tensor, codec: Codec) -> None:
         self.codec = codec
@@ -254,7 +279,7 @@ class Shifted:
 
     distance: Packed
     base: Tensor
-    storage: _Storage | None = None
+    lease: _Lease | None = None
 
     @property
     def nbytes(self) -> int:
@@ -268,23 +293,21 @@ class Shifted:
 
 
 def _pack_best(tensor: Tensor) -> Packed | Shifted | None:
-    """Pack `tensor` in the fewer bytes of two ways; None where neither is exact and saves something."""
-    packed = _pack(tensor)
-    if packed is not None and packed.codec.width < 8:
-        return packed
-    found = [way for way in (packed, _pack_shifted(tensor)) if way is not None]
-    return min(found, key=lambda way: way.nbytes, default=None)
+    """Pack `tensor`, indices as distances unless they are few; None where that is not exact or saves nothing."""
+    if tensor.dtype not in (torch.int32, torch.int64) or tensor.ndim < 3:
+        return _pack(tensor)
+    return _pack(tensor, most=FEW) or _pack_shifted(tensor) or _pack(tensor)
 
 
-def _pack(tensor: Tensor) -> Packed | None:
-    """Pack `tensor`, or return None where that is not exact or saves nothing."""
+def _pack(tensor: Tensor, most: int = LEVELS) -> Packed | None:
+    """Pack `tensor`, or return None where that is not exact, saves nothing, or takes more than `most` levels."""
     patterns = _patterns(tensor)
     levels = _sample(patterns, SAMPLE).unique()
-    if FEW < len(levels) <= LEVELS:
+    if FEW < len(levels) <= most:
         levels = _sample(patterns, 16 * SAMPLE).unique()
     # the second round knows all levels, if they are few enough
     for _ in range(2):
-        if len(levels) > LEVELS:
+        if len(levels) > most:
             return None
         packed = Packed(tensor, Codec(levels, tensor.dtype))
         if packed.nbytes >= patterns.nbytes:
@@ -303,8 +326,7 @@ def _sample(x: Tensor, count: int) -> Tensor:
 
 def _pack_shifted(tensor: Tensor) -> Shifted | None:
     """Pack indices, [N, C, ...] with a few neighbouring values at each position, as those of max-pooling."""
-    indices = tensor.dtype in (torch.int32, torch.int64) and tensor.ndim >= 3
-    if not indices or not _patterns(tensor).is_contiguous() or 0 in tensor.stride():
+    if not _patterns(tensor).is_contiguous() or 0 in tensor.stride():
         return None
     base = tensor.amin((0, 1), keepdim=True)
     distance = torch.empty_like(tensor, dtype=torch.int16)

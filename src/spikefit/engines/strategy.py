@@ -89,7 +89,7 @@ OPTION_NAMES = {"lean": "keep", "checkpoint": "every"}
 
 
 def parse_strategy(text: "str | dict[str, Any] | Strategy") -> Strategy:
-    """Read "bptt", "lean:spikes", "checkpoint:3", {"name": "lean", "keep": "spikes"} or {"name": "checkpoint", "every": 3}.
+    """Read "bptt", "lean:spikes", "checkpoint:3", or the same as a table, {"name": "lean", "keep": "spikes"}.
 
     Raises:
         StrategyError: unknown name or option; near names are listed.

@@ -1,8 +1,8 @@
 """The exact lean form of a unit: packed spikes between forward and backward, everything else rebuilt.
 
-    forward    z_t = W * i_t  ->  m, r  ->  x = norm(z) + shortcut  ->  (s, v_T) = LIF(x, v_0)  ->  bits = pack(s)
+    forward    z_t = W * i_t  ->  mean, var  ->  x = norm(z) + shortcut  ->  (s, v_T) = LIF(x, v_0)  ->  bits = pack(s)
     backward   z again (or kept)  ->  u from x and the spikes that were  ->  sums  ->  dz in the place of z
-               ->  dW, d_in piece by piece, d_in in the place of dz
+               ->  dW and d_in, piece by piece, d_in in the place of dz
 
 The forward runs the operations of `SpikingUnit.forward` in their order, so spikes and membranes are the same bits. The
 statistics of the norm are kept, never taken again; the reset uses the stored spikes, so rounding in the recomputed z
@@ -13,45 +13,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from spikefit.errors import StateError
-from spikefit.layers.norm import Normal
+from spikefit.errors import StateError, StrategyError
+from spikefit.layers.branch import Branch, Rebuilt, Statistics, as_images, as_rows, filled, template_of, tensors_of
 from spikefit.layers.packed import PackedSpikes, Spikes, grid_of, pooled_space
-from spikefit.layers.weight import Map, stepwise
 from spikefit.ops.dispatch import Backend
-from spikefit.ops.fire import Current, Grid, fire, fire_gradient, fire_sums
+from spikefit.ops.fire import Current, fire, fire_gradient, fire_sums
 from spikefit.ops.lif.op import Dynamics
-from spikefit.ops.norm import NormGradient, moments, norm_gradient, scale_and_shift
-
-# Values of the input or the current, whichever is larger, that one backward call of a weight takes.
-PIECE = 1 << 20
-
-
-class Branch(NamedTuple):
-    """One term of the current, norm(W * input).
-
-    Attributes:
-        source: the input [T, B, ...].
-        map, weight, bias: of the weight, cast and standardised as its forward takes them.
-        normal: its norm.
-        chunk: batch rows per call of the weight in forward; None for all.
-        over_time: whether the convolution reaches over time, [T, B, C] -> [T', B, C_out].
-    """
-
-    source: Spikes
-    map: Map
-    weight: Tensor
-    bias: Tensor | None
-    normal: Normal
-    chunk: int | None = None
-    over_time: bool = False
-
-    @property
-    def repeats(self) -> int:
-        """How many steps one computed step stands for: T where a dense input repeats one, else 1."""
-        x = self.source
-        return x.shape[0] if isinstance(x, Tensor) and x.shape[0] > 1 and x.stride(0) == 0 and not self.over_time else 1
+from spikefit.ops.norm import moments
 
 
 def run_lean(
@@ -63,7 +32,7 @@ def run_lean(
     pool: str | None,
     keep: str,
     backend: Backend,
-) -> tuple[PackedSpikes, Tensor, list[tuple[Tensor, Tensor] | None]]:
+) -> tuple[PackedSpikes, Tensor, list[Statistics | None]]:
     """Run a unit whose backward is exact and rebuilds what it needs.
 
     Args:
@@ -76,32 +45,24 @@ def run_lean(
         backend: of the neurons.
 
     Returns:
-        (spikes, last membrane before the pool [B, C, ...], mean and variance of every branch or None).
+        (spikes, last membrane before the pool [B, C, ...], statistics of every branch or None).
     """
-    sources = [b.source for b in branches]
     plan = _Plan(
-        [
-            b._replace(source=_template(b.source), weight=b.weight[:0], bias=None, normal=_bare(b.normal))
-            for b in branches
-        ],
-        None if shortcut is None else _template(shortcut),
+        [b.without_tensors() for b in branches],
+        None if shortcut is None else template_of(shortcut),
         dynamics._replace(learned=None),
         pool or "",
         keep,
         backend,
     )
-    tensors: list[Tensor | None] = []
-    for b, source in zip(branches, sources, strict=True):
-        tensors += [*_tensors(source), b.weight, b.bias, b.normal.first, b.normal.second]
-    carrier, bits, v_T, *stats = _Lean.apply(plan, v_0, dynamics.learned, *_tensors(shortcut), *tensors)
-    space = tuple(v_T.shape[2:])
-    spikes = PackedSpikes(carrier, bits, v_T.shape[1], space, plan.pool, False, carrier.dtype)
-    pairs = iter(zip(stats[::2], stats[1::2], strict=True))
-    return spikes, v_T, [next(pairs) if b.normal.kind == "batch" else None for b in branches]
+    tensors = [t for b in branches for t in b.tensors()]
+    carrier, bits, v_T, *stats = _Lean.apply(plan, v_0, dynamics.learned, *tensors_of(shortcut), *tensors)
+    spikes = PackedSpikes(carrier, bits, v_T.shape[1], tuple(v_T.shape[2:]), plan.pool, False, carrier.dtype)
+    return spikes, v_T, _paired(plan, stats)
 
 
 class _Plan(NamedTuple):
-    """The call without its tensors, which go in as arguments and come back as saved tensors."""
+    """A call without its tensors, which go in as arguments and come back as saved tensors."""
 
     branches: list[Branch]
     shortcut: Spikes | None
@@ -111,313 +72,149 @@ class _Plan(NamedTuple):
     backend: Backend
 
 
-class _Given(NamedTuple):
-    """The tensors of one branch."""
-
-    source: Tensor
-    bits: Tensor | None
-    weight: Tensor
-    bias: Tensor | None
-    first: Tensor | None
-    second: Tensor | None
-
-
-def _template(x: Spikes) -> Spikes:
-    """A source without its memory and its place in the graph."""
-    return x.without_bits() if isinstance(x, PackedSpikes) else x.detach()[:0]
-
-
-def _bare(normal: Normal) -> Normal:
-    return normal._replace(first=None, second=None)
-
-
-def _tensors(x: Spikes | None) -> tuple[Tensor | None, Tensor | None]:
-    return (x.carrier, x.bits) if isinstance(x, PackedSpikes) else (x, None)
-
-
-class _Input:
-    """The input of a branch: dense steps on demand; a sequence that repeats one step is that step."""
-
-    def __init__(self, branch: Branch, given: Tensor, bits: Tensor | None, dtype: torch.dtype) -> None:
-        template = branch.source
-        self.packed = template.with_bits(given, bits) if isinstance(template, PackedSpikes) else None
-        self.given, self.dtype = given, dtype
-        self.shape = given.shape
-        self.repeated = branch._replace(source=given).repeats > 1 and self.packed is None
-        self.timesteps = 1 if self.repeated else given.shape[0]
-
-    def steps(self, first: int, last: int) -> Tensor:
-        """[last - first, B, ...] in the dtype of the weight."""
-        dense = self.given[first:last] if self.packed is None else self.packed.steps(first, last)
-        return dense.to(self.dtype)
-
-
-def _forward_weight(b: Branch, x: _Input, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """z [T, B, C, ...] as the unit's one forward makes it."""
-    if b.over_time:
-        return _unfold(b.map(_fold(x.steps(0, x.timesteps), True), weight, bias), 0, True).contiguous()
-    return stepwise(lambda t: x.steps(t, t + 1)[0], x.timesteps, b.map, weight, bias, b.chunk)
-
-
-def _fold(x: Tensor, over_time: bool) -> Tensor:
-    """Steps [k, B, ...] as rows for one call of a weight."""
-    return x.permute(1, 2, 0) if over_time else x.flatten(0, 1)
-
-
-def _unfold(rows: Tensor, batch: int, over_time: bool) -> Tensor:
-    """The inverse of `_fold`."""
-    return rows.permute(2, 0, 1) if over_time else rows.unflatten(0, (-1, batch))
-
-
-def _rows(z: Tensor) -> Tensor:
-    """[T, B, C, ...] -> [T, M, C], channels last; a copy only if they do not lie so."""
-    return z.movedim(2, -1).reshape(z.shape[0], -1, z.shape[2])
-
-
-def _like(rows_TMC: Tensor, batch: int, space: tuple[int, ...]) -> Tensor:
-    """[T, M, C] -> [T, B, C, ...]."""
-    return rows_TMC.view(rows_TMC.shape[0], batch, *space, rows_TMC.shape[2]).movedim(-1, 2)
+# Arguments of `_Lean` before the tensors of the branches, and tensors of a branch.
+LEADING, WIDTH = 5, 6
 
 
 class _Lean(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan, v_0, learned, added, added_bits, *tensors):
-        given = _split(tensors)
-        with torch.autocast(given[0].weight.device.type, enabled=False):
-            return _forward(ctx, plan, v_0, learned, added, added_bits, given)
+        branches = _with_tensors(plan, tensors)
+        # casts were made before; inside, every operation runs in the dtype of its operands
+        with torch.autocast(branches[0].weight.device.type, enabled=False):
+            return _forward(ctx, plan, branches, v_0, learned, added, added_bits, tensors)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g, _bits, q, *_stats):
+        if torch.is_grad_enabled():
+            raise StrategyError(
+                "lean: a lean unit has no second derivative (create_graph=True); use strategy='bptt' with "
+                "backend='reference'."
+            )
+        if g is None and q is None:
+            return (None,) * len(ctx.needs_input_grad)
         with torch.autocast(ctx.device, enabled=False):
             return _backward(ctx, g, q)
 
 
-def _split(tensors) -> list[_Given]:
-    width = len(_Given._fields)
-    return [_Given(*tensors[i : i + width]) for i in range(0, len(tensors), width)]
+def _with_tensors(plan: _Plan, tensors) -> list[Branch]:
+    cut = [list(tensors[i : i + WIDTH]) for i in range(0, len(tensors), WIDTH)]
+    return [b.with_tensors(t) for b, t in zip(plan.branches, cut, strict=True)]
 
 
-def _forward(ctx, plan: _Plan, v_0, learned, added, added_bits, given: list[_Given]):
-    inputs = [_Input(b, t.source, t.bits, t.weight.dtype) for b, t in zip(plan.branches, given, strict=True)]
-    zs, maps, stats = [], [], []
-    for b, t, x in zip(plan.branches, given, inputs, strict=True):
-        z = _forward_weight(b, x, t.weight, t.bias)
-        mean_var = None
+def _paired(plan: _Plan, stats) -> list[Statistics | None]:
+    """(mean, var) of the branches that have statistics, None for the others."""
+    pairs = iter(zip(stats[::2], stats[1::2], strict=True))
+    return [next(pairs) if b.normal.kind == "batch" else None for b in plan.branches]
+
+
+def _forward(ctx, plan: _Plan, branches: list[Branch], v_0, learned, added, added_bits, tensors):
+    zs, maps, stats = [], [], list[Tensor]()
+    for b in branches:
+        z = b.forward()
+        statistics = None
         if b.normal.kind == "batch":
-            mean_var = moments(z, per_step=b.normal.per_step, backend=b.normal.backend)
-            stats += mean_var
+            statistics = moments(z, per_step=b.normal.per_step, backend=b.normal.backend)
+            stats += statistics
         zs.append(z)
-        maps.append(_affine(b.normal, t, mean_var, z))
-    batch, channels, space = zs[0].shape[1], zs[0].shape[2], tuple(zs[0].shape[3:])
-    # a repeated input gives one step of current, for all T of the neuron
-    T = max(z.shape[0] if not x.repeated else x.shape[0] for z, x in zip(zs, inputs, strict=True))
-    grid = grid_of(batch, space, plan.pool)
-    current = _current(plan, [_rows(z) for z in zs], maps, added, added_bits)
-    dynamics = plan.dynamics._replace(learned=learned)
-    start = None if v_0 is None else _state_rows(v_0, (batch, channels, *space), zs[0])
-    bits, v_T = fire(current, start, T, grid, dynamics, backend=plan.backend)
+        maps.append(b.affine(statistics, _compute(z.dtype)))
+    shape = zs[0].shape
+    # a repeated input gives one step of current, for all T steps of the neuron
+    T = max(z.shape[0] * b.repeats for z, b in zip(zs, branches, strict=True))
+    grid = grid_of(shape[1], tuple(shape[3:]), plan.pool)
+    current = _current(plan, [as_rows(z) for z in zs], maps, added, added_bits)
+    start = None if v_0 is None else _checked_rows(v_0, shape[1:], zs[0])
+    bits, v_T = fire(current, start, T, grid, plan.dynamics._replace(learned=learned), backend=plan.backend)
 
-    kept = [z.detach() for z in current.zs] if plan.keep == "input" else []
-    ctx.save_for_backward(v_0, learned, added, added_bits, bits, *stats, *kept, *[x for t in given for x in t])
-    ctx.plan, ctx.grid, ctx.space, ctx.device = plan, grid, space, bits.device.type
-    ctx.counts = (len(stats), len(kept))
-    ctx.steps = [z.shape[0] for z in zs]
-    ctx.dtype = zs[0].dtype
-    carrier = bits.new_zeros((), dtype=zs[0].dtype).expand(T, batch, channels, *pooled_space(space, plan.pool))
+    kept = current.zs if plan.keep == "input" else []
+    ctx.save_for_backward(v_0, learned, added, added_bits, bits, *stats, *kept, *tensors)
+    ctx.plan, ctx.grid, ctx.device, ctx.dtype = plan, grid, bits.device.type, zs[0].dtype
+    ctx.shapes, ctx.counts = [z.shape for z in zs], (len(stats), len(kept))
     ctx.mark_non_differentiable(bits, *stats)
     ctx.set_materialize_grads(False)
-    return carrier, bits, _like(v_T.unsqueeze(0), batch, space)[0], *stats
+    space = pooled_space(tuple(shape[3:]), plan.pool)
+    carrier = bits.new_zeros((), dtype=zs[0].dtype).expand(T, *shape[1:3], *space)
+    return carrier, bits, as_images(v_T.unsqueeze(0), shape[1], tuple(shape[3:]))[0], *stats
 
 
-def _state_rows(v_0: Tensor, shape: tuple[int, ...], z: Tensor) -> Tensor:
+def _compute(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _checked_rows(v_0: Tensor, shape: torch.Size, z: Tensor) -> Tensor:
     """The membrane [B, C, ...] as rows [M, C]."""
-    compute = torch.float64 if z.dtype == torch.float64 else torch.float32
+    compute = _compute(z.dtype)
     if v_0.shape != shape or v_0.dtype != compute or v_0.device != z.device:
         raise StateError(
-            f"lif: expected a membrane {shape} {compute} on {z.device}, got {tuple(v_0.shape)} {v_0.dtype} on "
+            f"lif: expected a membrane {tuple(shape)} {compute} on {z.device}, got {tuple(v_0.shape)} {v_0.dtype} on "
             f"{v_0.device}. Pass the state of this batch, or None to start from zero."
         )
-    return _rows(v_0.unsqueeze(0))[0]
-
-
-def _affine(normal: Normal, given: _Given, mean_var, z: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale, shift) of a branch, [R, C] in the compute dtype."""
-    compute, C = torch.float64 if z.dtype == torch.float64 else torch.float32, z.shape[2]
-    if mean_var is not None:
-        scale, shift = scale_and_shift(given.first, given.second, *mean_var, normal.eps)
-    elif normal.kind == "affine":
-        scale, shift = given.first, given.second
-    else:
-        scale, shift = z.new_ones(C), z.new_zeros(C)
-    return scale.to(compute).view(-1, C), shift.to(compute).view(-1, C)
+    return as_rows(v_0.unsqueeze(0))[0]
 
 
 def _current(plan: _Plan, zs: list[Tensor], maps, added: Tensor | None, added_bits: Tensor | None) -> Current:
-    """The terms of the current on rows of channels."""
-    extra = None
-    if isinstance(plan.shortcut, PackedSpikes):
-        packed = plan.shortcut.with_bits(added, added_bits)
-        if packed.pool or packed.flat:
-            extra, added_bits = _rows(packed.steps(0, packed.shape[0])), None
-    elif added is not None:
-        extra = _rows(added[:1] if added.shape[0] > 1 and added.stride(0) == 0 else added)
-    return Current(zs, [m[0] for m in maps], [m[1] for m in maps], extra, added_bits)
+    """The terms of the current, on rows of channels."""
+    scales, shifts = [m[0] for m in maps], [m[1] for m in maps]
+    if added is None or plan.shortcut is None:
+        return Current(zs, scales, shifts, None, None)
+    shortcut = filled(plan.shortcut, added, added_bits)
+    if isinstance(shortcut, PackedSpikes):
+        if not shortcut.pool and not shortcut.flat:
+            return Current(zs, scales, shifts, None, shortcut.bits)
+        dense = shortcut.steps(0, shortcut.shape[0])
+    else:
+        dense = shortcut[:1] if shortcut.shape[0] > 1 and shortcut.stride(0) == 0 else shortcut
+    return Current(zs, scales, shifts, as_rows(dense), None)
 
 
 def _backward(ctx, g: Tensor | None, q: Tensor | None):
-    plan: _Plan = ctx.plan
-    none = [None] * len(ctx.needs_input_grad)
-    if g is None and q is None:
-        return tuple(none)
+    plan, grid, shape = ctx.plan, ctx.grid, ctx.shapes[0]
     v_0, learned, added, added_bits, bits, *rest = ctx.saved_tensors
-    stats, kept = rest[: ctx.counts[0]], rest[ctx.counts[0] : sum(ctx.counts)]
-    given = _split(rest[sum(ctx.counts) :])
-    pairs = iter(zip(stats[::2], stats[1::2], strict=True))
-    mean_vars = [next(pairs) if b.normal.kind == "batch" else None for b in plan.branches]
-    width = len(_Given._fields)
-    wants = [_Given(*ctx.needs_input_grad[5 + width * k : 5 + width * (k + 1)]) for k in range(len(given))]
+    first, second = ctx.counts[0], sum(ctx.counts)
+    statistics, kept, branches = _paired(plan, rest[:first]), rest[first:second], _with_tensors(plan, rest[second:])
+    wants = [ctx.needs_input_grad[i : i + WIDTH] for i in range(LEADING, len(ctx.needs_input_grad), WIDTH)]
 
-    works = [
-        _Work(b, t, ctx.steps[k], ctx.grid, ctx.space, ctx.dtype, wants[k].source, kept[k] if kept else None)
-        for k, (b, t) in enumerate(zip(plan.branches, given, strict=True))
+    rebuilt = [
+        Rebuilt(b, ctx.shapes[k], ctx.dtype, kept[k] if kept else None, wants[k][0]) for k, b in enumerate(branches)
     ]
-    maps = [
-        _affine(b.normal, t, m, w.z.unsqueeze(0).movedim(-1, 2))
-        for b, t, m, w in zip(plan.branches, given, mean_vars, works, strict=True)
-    ]
-    current = _current(plan, [w.z for w in works], maps, added, added_bits)
-    T, M, C = bits.shape[0], ctx.grid.images * ctx.grid.height * ctx.grid.width, works[0].z.shape[2]
-    if g is None:
-        g = current.zs[0].new_zeros(T, ctx.grid.pooled_rows, C)
-    start = None if v_0 is None else _rows(v_0.unsqueeze(0))[0]
-    end = None if q is None else _rows(q.unsqueeze(0))[0]
-    arguments = (_rows(g.to(ctx.dtype)).contiguous(), end, current, start, bits, ctx.grid)
-    dynamics = plan.dynamics._replace(learned=learned)
-
+    maps = [b.affine(s, _compute(ctx.dtype)) for b, s in zip(branches, statistics, strict=True)]
+    current = _current(plan, [r.z for r in rebuilt], maps, added, added_bits)
+    outer = (
+        bits.new_zeros((), dtype=ctx.dtype).expand(len(bits), grid.pooled_rows, shape[2]) if g is None else as_rows(g)
+    )
+    start, end = (None if v is None else as_rows(v.unsqueeze(0))[0] for v in (v_0, q))
+    arguments = (
+        outer.to(ctx.dtype).contiguous(), end, current, start, bits, grid, plan.dynamics._replace(learned=learned)
+    )  # fmt: skip
     sums = None
-    if any(b.normal.kind == "batch" or w.first or w.second for b, w in zip(plan.branches, wants, strict=True)):
-        sums = fire_sums(*arguments, dynamics, backend=plan.backend)
-    gradients = [
-        _norm_gradient(b.normal, t, m, scale, sums, k, ctx.steps[k] * M)
-        for k, (b, t, m, (scale, _)) in enumerate(zip(plan.branches, given, mean_vars, maps, strict=True))
+    if any(b.normal.kind == "batch" or any(w[4:]) for b, w in zip(branches, wants, strict=True)):
+        sums = fire_sums(*arguments, backend=plan.backend)
+    norms = [
+        b.norm_gradient(s, m[0], None if sums is None else (sums[0], sums[1 + k]), r.z.shape[0] * r.z.shape[1])
+        for k, (b, s, m, r) in enumerate(zip(branches, statistics, maps, rebuilt, strict=True))
     ]
-    factors = [torch.stack([d.a, d.b, d.c]).to(maps[0][0].dtype) for d in gradients]
+    want_v_0, want_learned, want_added = ctx.needs_input_grad[1:4]
     dx, dv_0, d_3 = fire_gradient(
         *arguments,
-        dynamics,
-        factors,
-        want_current=ctx.needs_input_grad[3],
-        want_state=ctx.needs_input_grad[1],
-        want_coefficients=learned is not None and ctx.needs_input_grad[2],
+        [torch.stack([d.a, d.b, d.c]).to(_compute(ctx.dtype)) for d in norms],
+        want_current=want_added,
+        want_state=want_v_0,
+        want_coefficients=want_learned,
         backend=plan.backend,
     )
-    del arguments, current, g
+    # the gradient that came in and the rows made of it are no longer needed while the weights run
+    del arguments, current, outer, g
+    space = tuple(shape[3:])
     result: list[Tensor | None] = [
         None,
-        _like(dv_0.unsqueeze(0), ctx.grid.images, ctx.space)[0] if ctx.needs_input_grad[1] else None,
-        d_3.to(learned.dtype) if learned is not None and ctx.needs_input_grad[2] else None,
-        _like(dx, ctx.grid.images, ctx.space).to(added.dtype) if ctx.needs_input_grad[3] else None,
+        as_images(dv_0.unsqueeze(0), shape[1], space)[0] if want_v_0 else None,
+        d_3.to(learned.dtype) if want_learned else None,
+        as_images(dx, shape[1], space).to(added.dtype) if want_added else None,
         None,
     ]
-    del dx
-    for work, d, t, want in zip(works, gradients, given, wants, strict=True):
-        d_source, d_weight, d_bias = work.finish(want)
+    for r, d, b, want in zip(rebuilt, norms, branches, wants, strict=True):
+        d_source, d_weight, d_bias = r.gradients((want[0], want[2], want[3]))
         result += [d_source, None, d_weight, d_bias]
-        result += [d.d_weight.sum(0).to(t.first.dtype) if want.first else None]
-        result += [d.d_bias.sum(0).to(t.second.dtype) if want.second else None]
+        for value, vector, wanted in ((d.d_weight, b.normal.first, want[4]), (d.d_bias, b.normal.second, want[5])):
+            result.append(value.sum(0).to(vector.dtype) if wanted and vector is not None else None)
     return tuple(result)
-
-
-def _norm_gradient(
-    normal: Normal, given: _Given, mean_var, scale: Tensor, sums: Tensor | None, k: int, count: int
-) -> NormGradient:
-    """dz = a dx + b z + c of branch k, and the gradients of its two vectors."""
-    nothing = torch.zeros_like(scale, dtype=torch.float64)
-    if sums is None:
-        return NormGradient(scale.double(), nothing, nothing, nothing, nothing)
-    sum_g, sum_gz = sums[0], sums[1 + k]
-    if scale.shape[0] == 1:
-        sum_g, sum_gz = sum_g.sum(0, keepdim=True), sum_gz.sum(0, keepdim=True)
-    if mean_var is None:
-        return NormGradient(scale.double(), nothing, nothing, sum_gz, sum_g)
-    return norm_gradient(sum_g, sum_gz, given.first, *mean_var, normal.eps, count // scale.shape[0])
-
-
-class _Work:
-    """The backward of one branch: z is rebuilt, becomes dz in place, and gives way to the gradient of the input.
-
-    One buffer serves both where the input is at least as large as z: z lies at its end, the gradient of the input grows
-    from its start, and never reaches steps of dz that are still to be read.
-    """
-
-    def __init__(
-        self,
-        branch: Branch,
-        given: _Given,
-        steps: int,
-        grid: Grid,
-        space: tuple[int, ...],
-        dtype: torch.dtype,
-        want_source: bool,
-        kept: Tensor | None,
-    ) -> None:
-        self.branch, self.given, self.batch, self.space = branch, given, grid.images, space
-        self.input = _Input(branch, given.source, given.bits, given.weight.dtype)
-        rows, channels = grid.images * grid.height * grid.width, given.weight.shape[0]
-        size = steps * rows * channels
-        # a repeated input has the gradient of its one step
-        taken = self.input.timesteps * self.input.shape[1:].numel() if want_source else 0
-        self.shared = taken >= size and given.source.dtype == dtype
-        self.buffer = given.weight.new_empty(taken if self.shared else size, dtype=dtype)
-        self.z = self.buffer[self.buffer.numel() - size :].view(steps, rows, channels)
-        if kept is not None:
-            self.z.copy_(kept)
-            return
-        for first, last in self._pieces():
-            piece = _fold(self.input.steps(first, last), branch.over_time)
-            made = _unfold(branch.map(piece, given.weight, given.bias), self.batch, branch.over_time)
-            self.z[slice(None) if branch.over_time else slice(first, last)] = _rows(made)
-
-    def _pieces(self) -> list[tuple[int, int]]:
-        """Steps of the input per call of the weight."""
-        T = self.input.timesteps
-        if self.branch.over_time:
-            return [(0, T)]
-        step = max(1, PIECE // max(self.z[0].numel(), self.input.shape[1:].numel()))
-        return [(t, min(T, t + step)) for t in range(0, T, step)]
-
-    def finish(self, want: _Given) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(d_source, d_weight, d_bias) from dz, which stands in the place of z."""
-        weight, shape = self.given.weight, self.input.shape
-        wants = (bool(want.source), bool(want.weight), bool(want.bias))
-        total: list[Tensor | None] = [None, None]
-        d_source = self._room() if want.source else None
-        for first, last in self._pieces():
-            x = _fold(self.input.steps(first, last), self.branch.over_time)
-            dz = self.z if self.branch.over_time else self.z[first:last]
-            dz = _fold(_like(dz, self.batch, self.space), self.branch.over_time)
-            dx, *d = self.branch.map.gradient(x, dz, weight, wants)
-            for i, value in enumerate(d):
-                if value is not None:
-                    total[i] = (
-                        value.float()
-                        if total[i] is None and value.dtype.itemsize < 4
-                        else value
-                        if total[i] is None
-                        else total[i].add_(value)
-                    )
-            if d_source is not None:
-                d_source[first:last] = _unfold(dx, self.batch, self.branch.over_time)
-        if d_source is not None and self.input.repeated:
-            d_source = torch.cat([d_source, d_source.new_zeros(shape[0] - 1, *shape[1:])])
-        return d_source, *(None if t is None else t.to(weight.dtype) for t in total)
-
-    def _room(self) -> Tensor:
-        """Memory for the gradient of the input, [T, B, C, ...], channels last."""
-        T, shape = self.input.timesteps, self.input.shape
-        if self.shared:
-            flat = self.buffer[: T * shape[1:].numel()]
-        else:
-            flat = self.given.source.new_empty(T * shape[1:].numel())
-        return flat.view(T, shape[1], *shape[3:], shape[2]).movedim(-1, 2)

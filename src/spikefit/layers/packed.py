@@ -44,7 +44,7 @@ class PackedSpikes:
         return grid_of(self.shape[1], self.space, self.pool)
 
     def steps(self, first: int, last: int) -> Tensor:
-        """The dense spikes of steps first .. last - 1, [last - first, B, C, ...]; channels last in memory, no gradient."""
+        """The dense spikes of steps first .. last - 1, [last - first, B, C, ...], channels last; no gradient."""
         bits = self.bits[first:last].unflatten(1, (self.shape[1], *self.space))
         if self.pool == "max":
             windows = _windows(bits, len(self.space))
@@ -122,7 +122,9 @@ def _windows(x: Tensor, axes: int) -> list[Tensor]:
 class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(ctx, carrier, packed):
-        return packed.steps(0, packed.shape[0])
+        made = packed.steps(0, packed.shape[0])
+        # a tensor of its own, not a view, so that it may be changed in place like any result
+        return made.new_empty(0).set_(made.untyped_storage(), 0, made.shape, made.stride())
 
     @staticmethod
     @once_differentiable

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spikefit.errors import OptionError, ShapeError, StrategyError
-from spikefit.layers.lean import Branch, run_lean
+from spikefit.layers.branch import Branch
+from spikefit.layers.lean import run_lean
 from spikefit.layers.norm import BatchNorm, Normal, create_norm
 from spikefit.layers.packed import PackedSpikes, Spikes, dense, packed_or_dense
 from spikefit.layers.weight import (

@@ -89,7 +89,7 @@ class Map(NamedTuple):
         return dx if wants[0] else None, dw if wants[1] else None, db if wants[2] else None
 
     def _thinned(self, x: Tensor) -> Tensor:
-        return x[(..., *(slice(None, None, step) for step in self.thin))] if self.thin else x
+        return x[(..., *(slice(None, None, step) for step in self.thin))] if self.thin else x  # type: ignore[index]
 
 
 def map_of(module: Weight) -> Map:

@@ -1,7 +1,10 @@
 """`doctor`: run a training step a few times and find what lives longer than a step.
 
 Nodes of an autograd graph are numbered in the order they are made. So a number tells which step made a node without
-holding it, and a graph has leaked if a later step can still reach it. Longer than other files: five searches, one run.
+holding it, and a graph has leaked if tensors that are alive after a later step still reach it.
+
+The file is long because five searches share one run. From top to bottom: what stands on the modules between two steps
+(`_scan`), the graph (`_reach`), a step under watch (`_Watch`), then the searches.
 """
 
 import gc
@@ -87,11 +90,11 @@ class Diagnosis:
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [f"doctor: {len(self) or 'nothing'} found in {self.steps} steps."]
+        lines = [f"doctor: {len(self) or 'nothing'} found; complete steps: {self.steps}."]
         if self.error is not None:
-            lines.append(f"Step {self.steps + 1} ended with the error that this leads to: {self.error}")
+            lines.append(f"Step {self.steps + 1} ended with what this leads to, {self.error.partition('. ')[0]}.")
         for i, f in enumerate(self.findings, 1):
-            lines += [f"{i}. {f.kind} in {f.module or 'the model itself'}: {f.evidence}."]
+            lines += [f"{i}. {f.module or 'the model itself'}, {f.kind}: {f.evidence}."]
             lines += [f"   {f.bytes_per_step:,} B per step, {f.bytes_total:,} B in all. Write:", f"       {f.line}"]
         return "\n".join(lines)
 
@@ -169,9 +172,6 @@ def _check(model: Any, step: Any, n: Any) -> None:
         )
 
 
-# -- what is on the modules between two steps ------------------------------------------------------------------------
-
-
 class _Slot(NamedTuple):
     """A tensor on a module: no hold on it, but enough to see whether it is replaced, written or used later."""
 
@@ -207,8 +207,9 @@ def _scan(model: nn.Module) -> _Scan:
     registries: dict[str, _Registry] = {}
     weights = {_storage(p) for p in model.parameters() if not is_lazy(p)}
     for path, module in model.named_modules():
-        saved = set(module._buffers) - module._non_persistent_buffers_set
-        for name, value in (*module._buffers.items(), *vars(module).items()):
+        buffers = dict(module.named_buffers(recurse=False))
+        saved = set(buffers) - getattr(module, "_non_persistent_buffers_set", set())
+        for name, value in (*buffers.items(), *vars(module).items()):
             if name not in ("_parameters", "_buffers", "_modules"):
                 for where, t in _contents(value, name):
                     if isinstance(t, Tensor) and _storage(t) not in weights:
@@ -240,8 +241,7 @@ def _contents(value: Any, where: str, depth: int = 4) -> Iterator[tuple[str, Ten
 
 def _slot(t: Tensor, attribute: str, value: Any, saved: bool = False) -> _Slot:
     bounded = isinstance(value, Tensor | tuple | frozenset) or getattr(value, "maxlen", None) is not None
-    flat = t.detach()
-    sample = flat[:1] if flat.ndim and len(flat) > 1 else flat.flatten()[:1]
+    first = t[:1] if t.ndim and len(t) > 1 else t.flatten()[:1]
     return _Slot(
         ref=weakref.ref(t),
         version=0 if t.is_inference() else t._version,
@@ -251,7 +251,7 @@ def _slot(t: Tensor, attribute: str, value: Any, saved: bool = False) -> _Slot:
         node=None if t.grad_fn is None else _number(t.grad_fn),
         attribute=attribute,
         container="" if bounded else type(value).__name__,
-        constant=saved or bool((flat == sample).all()),
+        constant=saved or (t.grad_fn is None and (t.numel() == 0 or bool((t == first).all()))),
     )
 
 
@@ -271,10 +271,10 @@ def _changed(old: _Slot | None, now: _Slot | None) -> bool:
 
 
 def _storage(t: Tensor) -> int:
-    return t.untyped_storage()._cdata if t.layout == torch.strided else id(t)
-
-
-# -- the graph -------------------------------------------------------------------------------------------------------
+    try:
+        return t.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return id(t)  # sparse tensors and those inside of vmap have no storage
 
 
 def _number(node: Any) -> int:
@@ -306,9 +306,6 @@ def _reach(t: Tensor, stop: set[int], seen: set[int]) -> tuple[set[int], set[int
     return fresh, met
 
 
-# -- one step --------------------------------------------------------------------------------------------------------
-
-
 class _Watch(TorchDispatchMode):
     """During a step: which slots of the step before are read in a forward, the input of each module, what is made.
 
@@ -333,8 +330,9 @@ class _Watch(TorchDispatchMode):
 
     def open(self, model: nn.Module) -> None:
         for path, module in model.named_modules():
-            self.handles.append(module.register_forward_pre_hook(self._enter(path), with_kwargs=True))
-            self.handles.append(module.register_forward_hook(self._leave, always_call=True))
+            if not isinstance(module, torch.jit.ScriptModule):  # they refuse hooks
+                self.handles.append(module.register_forward_pre_hook(self._enter(path), with_kwargs=True))
+                self.handles.append(module.register_forward_hook(self._leave, always_call=True))
 
     def close(self) -> None:
         for handle in self.handles:
@@ -353,10 +351,12 @@ class _Watch(TorchDispatchMode):
 
     def _enter(self, path: str) -> Callable[..., None]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim]
+            if given:
+                self.inputs.setdefault(path, tuple(given[0].shape))
+            for t in given if self.depth == 0 else ():
+                self.slots.pop(_storage(t), None)  # a record of the input, which is handed in again
             self.depth += 1
-            shapes = [tuple(t.shape) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim]
-            if shapes:
-                self.inputs.setdefault(path, shapes[0])
 
         return enter
 
@@ -365,7 +365,7 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if self.depth and isinstance(func, torch._ops.OpOverload) and not func.is_view:
+        if isinstance(func, torch._ops.OpOverload) and not func.is_view:
             self._note(func._schema.name, given)
         out = func(*args, **(kwargs or {}))
         known = {_storage(t) for t in given}
@@ -381,12 +381,9 @@ class _Watch(TorchDispatchMode):
         if name in OVERWRITES and given:
             self.slots.pop(_storage(given[0]), None)
             given = given[1:]
-        for t in given:
+        for t in given if self.depth else ():
             for key in self.slots.get(_storage(t), ()):
                 self.read[key] = self.read.get(key, False) or t.requires_grad
-
-
-# -- forgotten reset, stale batch ------------------------------------------------------------------------------------
 
 
 class _Carried(NamedTuple):
@@ -489,9 +486,6 @@ def _expression(path: str) -> str:
     return "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in path.split(".") if part)
 
 
-# -- growing container, class registry -------------------------------------------------------------------------------
-
-
 def _growing(scans: list[_Scan]) -> list[Finding]:
     """Containers with more tensors after each step, some of them those of earlier steps."""
     groups: list[dict[Key, list[_Slot]]] = []
@@ -529,23 +523,16 @@ def _registry_findings(scans: list[_Scan]) -> list[Finding]:
         moved = len(old) != len(now.contents) or any(map(_changed, old, now.contents))
         if not now.modules and not graphs and not moved:
             continue
-        parts = [
-            f"{now.modules} modules" if now.modules else "",
-            f"{len(now.contents)} tensors" if now.contents else "",
-        ]
-        evidence = f"the class attribute {where} holds {' and '.join(filter(None, parts))}"
-        evidence += f", {graphs} with their graph" if graphs else ""
-        evidence += "; they outlive the model and are shared with every other one"
-        name, attribute = f"{now.holder.__module__}.{now.holder.__qualname__}", where.rpartition(".")[2]
+        evidence = f"the class attribute {where} holds {now.modules} modules and {len(now.contents)} tensors"
+        evidence += f" ({graphs} with their graph), which outlive the model and are shared with every other one"
+        attribute = where.rpartition(".")[2]
         line = f"self.{attribute} = None  # in {now.holder.__name__}.__init__: one per module, not one per class"
         if now.container:
-            line = f"{name}.{attribute}.clear()  # before a model is built; or keep it on the module, in __init__"
+            owner = f"type({_expression(now.module)}).{attribute}"
+            line = f"{owner}.clear()  # before a model is built; or make it in __init__: one per module"
         growth = (now.bytes - (then.bytes if then else 0)) // max(1, len(scans) - 2)
         findings.append(Finding(now.module, "class registry", where, growth, now.bytes, evidence, line))
     return findings
-
-
-# -- kept graph ------------------------------------------------------------------------------------------------------
 
 
 def _kept_graphs(step: Callable[[], object], watch: _Watch, scans: list[_Scan], marks: list[int]) -> list[Finding]:
@@ -608,7 +595,7 @@ def _scope(step: Any) -> dict[str, Any]:
     owner = getattr(function, "__self__", None)
     function = getattr(function, "__func__", function)
     if not inspect.isfunction(function):
-        function, owner = getattr(type(function), "__call__", None), function
+        function, owner = vars(type(function)).get("__call__"), function
     found: dict[str, Any] = {}
     if inspect.isfunction(function):
         code, cells = function.__code__, function.__closure__ or ()

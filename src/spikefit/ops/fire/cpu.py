@@ -43,7 +43,7 @@ def forward(
     """Fill `bits_TMP` and the last membrane `v_T` [M, C]."""
     number = number_type(v_T)
     use_torch_threads()
-    _forward(
+    _forward(  # type: ignore[call-arg]
         *_terms(current),
         _state(v_0, v_T),
         bits_TMP.flatten(1).numpy(),
@@ -94,7 +94,7 @@ def backward(
     none = np.zeros((0, 0), numpy_type)
     abc = [np.zeros((0, 0, 0), numpy_type)] if write is None else [w.numpy() for w in write]
     use_torch_threads()
-    _backward(
+    _backward(  # type: ignore[call-arg]
         g_TGC.view(T, -1).numpy(),
         _state(q, z),
         *_terms(current),
@@ -205,7 +205,8 @@ def _sum_terms(x, zs, scale, shift, K, extra, spikes, s, lut, t, lo, hi, C):
 
 @numba.njit(cache=True, error_model="numpy", parallel=True)
 def _forward(
-    zs, scales, shifts, K, extra, spikes, v_0, bits, v_T, leak, gain, theta, reset, v_reset, v_rest, strict, C, rows, lut
+    zs, scales, shifts, K, extra, spikes, v_0, bits, v_T, leak, gain, theta, reset, v_reset, v_rest, strict,
+    C, rows, lut,
 ):  # fmt: skip
     T, M, P = bits.shape[0], v_T.size // C, (C + 7) // 8
     for job in prange((M + rows - 1) // rows):
@@ -258,7 +259,7 @@ def _unpool_average(g_n, out, width, C, p):
 @numba.njit(cache=True, error_model="numpy")
 def _outer_gradient(g, t, s, out, pool, strip, image, rows, shape, lo, C):
     """out <- dL/ds of the rows of a block that starts at row `lo`."""
-    height, width, p, q = shape
+    height, width, p, _ = shape
     if pool == NO_POOL:
         out[:] = g[t, lo * C : lo * C + out.size]
         return

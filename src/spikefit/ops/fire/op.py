@@ -1,4 +1,4 @@
-"""The one door to firing: it chooses a backend per call and registers the kernels with torch. No gradients of its own."""
+"""The one door to firing: it chooses a backend per call and registers the kernels with torch; no gradients."""
 
 from collections.abc import Sequence
 
@@ -109,7 +109,7 @@ def fire_gradient(
 
 
 def _choose(current: Current, dynamics: Dynamics, backend: str) -> str:
-    """Backend of the call; "numba" stands for the fused kernels, "numba:reference" and the like for pieces on it."""
+    """Backend of the call: "fused" for the kernels of this room, else the backend that its pieces run on."""
     z = current.zs[0]
     chosen = choose_backend(z, dynamics.equation, backend)
     whole = chosen == "numba" and z.dtype in (torch.float32, torch.float64) and len(current.zs) <= 2
@@ -155,7 +155,7 @@ def _fire(
 
         cpu.forward(current, v_0, bits, v_T, numbers(learned, constants, "numba"), equation)
     else:
-        reference.forward(current, v_0, bits, v_T, grid, Dynamics(equation, constants, learned), backend)
+        reference.forward(current, v_0, bits, v_T, grid, Dynamics(equation, constants, learned), backend)  # type: ignore[arg-type]
     return bits, v_T
 
 

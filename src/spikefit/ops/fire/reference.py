@@ -13,7 +13,7 @@ those of `ops.lif.reference`.
 import torch
 from torch import Tensor
 
-from spikefit.ops import norm
+from spikefit.ops import dispatch, norm
 from spikefit.ops.fire.layout import Current, Grid
 from spikefit.ops.lif.op import Dynamics, advance, retrace
 from spikefit.ops.packbits import pack, unpack
@@ -23,7 +23,13 @@ SCRATCH = 1 << 20
 
 
 def forward(
-    current: Current, v_0: Tensor | None, bits_TMP: Tensor, v_T: Tensor, grid: Grid, dynamics: Dynamics, backend: str
+    current: Current,
+    v_0: Tensor | None,
+    bits_TMP: Tensor,
+    v_T: Tensor,
+    grid: Grid,
+    dynamics: Dynamics,
+    backend: dispatch.Backend,
 ) -> None:
     """Fill `bits_TMP` and the last membrane `v_T` [M, C]."""
     for rows in _pieces(bits_TMP, v_T.shape[1], grid):
@@ -40,7 +46,7 @@ def backward(
     bits_TMP: Tensor,
     grid: Grid,
     dynamics: Dynamics,
-    backend: str,
+    backend: dispatch.Backend,
     *,
     write: list[Tensor] | None = None,
     dx_TMC: Tensor | None = None,
@@ -117,17 +123,17 @@ def _pieces(bits_TMP: Tensor, C: int, grid: Grid) -> list[slice]:
     return [slice(first, min(M, first + step)) for first in range(0, M, step)]
 
 
-def _sum_terms(current: Current, rows: slice, T: int, backend: str) -> Tensor:
+def _sum_terms(current: Current, rows: slice, T: int, backend: dispatch.Backend) -> Tensor:
     """The current of some rows, [T, m, C]."""
-    x = None
+    x: Tensor | None = None
     for z, scale, shift in zip(current.zs, current.scales, current.shifts, strict=True):
         term = norm.affine(z[:, rows], scale, shift, backend=backend)
         x = term if x is None else x + term
-    for term in (current.extra, current.spikes):
-        if term is not None and x is not None:
-            dense = term[:, rows] if term is current.extra else unpack(term[:, rows], x.shape[2], dtype=x.dtype)
-            x = x + dense
     assert x is not None, "a current has at least one branch"
+    if current.extra is not None:
+        x = x + current.extra[:, rows]
+    if current.spikes is not None:
+        x = x + unpack(current.spikes[:, rows], x.shape[2], dtype=x.dtype, backend=backend)
     return x.expand(T, *x.shape[1:])
 
 

@@ -80,7 +80,7 @@ def gradient_sums(g: Tensor, z: Tensor, *, backend: dispatch.Backend = "auto") -
 
 
 def combine(g: Tensor, z: Tensor, a: Tensor, b: Tensor, c: Tensor, *, backend: dispatch.Backend = "auto") -> Tensor:
-    """a g + b z + c per channel; a, b, c are [C] or [T, C] in the compute dtype, the result is like `z`; no gradient."""
+    """a g + b z + c per channel; a, b, c are [C] or [T, C] in the compute dtype, the result like `z`; no gradient."""
     rows = _view(z)
     out = torch.empty_like(rows)
     _kernels(_choose(z, backend)).combine(_in_order_of(g, z), rows, a, b, c, out)
