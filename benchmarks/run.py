@@ -2,7 +2,7 @@
 
     python benchmarks/run.py [--quick] [--threads 2] [--only lif_op]
 
-`make bench` runs it. Benchmarks run one after the other, each in a process of its own; the one against peers runs in
+`make bench` runs it. Benchmarks run one after the other, each in a process of its own; those against peers run in
 `.peers/`, which is made if missing. Exits with 1 if a parity check is red or a benchmark fails, never because of a
 time. A CUDA machine has `benchmarks/gpu.py`.
 """
@@ -23,7 +23,7 @@ RESULTS = HERE / "results"
 # Memory stays with the process: an op of milliseconds is then timed, not the page faults of its results.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
 # name -> whether it needs the environment of the peers
-BENCHMARKS = {"lif_op": False, "vgg6_step": True}
+BENCHMARKS = {"lif_op": False, "vgg6_step": True, "memory_step": True}
 
 
 def run(name: str, *, quick: bool, threads: int) -> dict | None:
@@ -43,7 +43,7 @@ def run(name: str, *, quick: bool, threads: int) -> dict | None:
 
 
 def table(records: list[dict]) -> str:
-    """One line per measured ratio: benchmark, what over what, value, target."""
+    """One line per ratio: benchmark, what over what, value, target; what could not be measured says why instead."""
     rows = [("benchmark", "ratio", "value", "target", "seconds of ours")]
     for r in records:
         ours = f"{median(r['seconds']['ours']):.3f}" if "seconds" in r else ""
@@ -53,6 +53,7 @@ def table(records: list[dict]) -> str:
             (r["benchmark"], name, f"{value:.3f}", r["targets"].get(name, ""), ours)
             for name, value in r.get("ratios", {}).items()
         ]
+        rows += [(r["benchmark"], name, "-", "", why) for name, why in r.get("unmeasured", {}).items()]
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 

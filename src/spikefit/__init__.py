@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spikefit.data import load_dataset as load_dataset
+    from spikefit.engines import Plan as Plan
     from spikefit.engines import Strategy as Strategy
+    from spikefit.engines import pack_saved_tensors as pack_saved_tensors
     from spikefit.errors import SpikefitError as SpikefitError
     from spikefit.layers import ResidualBlock as ResidualBlock
     from spikefit.layers import SpikingConv1d as SpikingConv1d
@@ -24,7 +26,11 @@ if TYPE_CHECKING:
     from spikefit.neurons import ParametricLIF as ParametricLIF
     from spikefit.ops.dispatch import use_backend as use_backend
     from spikefit.ops.lif import lif as lif
+    from spikefit.planning import doctor as doctor
+    from spikefit.planning import plan as plan
     from spikefit.planning import profile as profile
+    from spikefit.planning import report as report
+    from spikefit.planning import verify as verify
     from spikefit.reporting import compare as compare
     from spikefit.reporting import study as study
     from spikefit.training import evaluate as evaluate
@@ -40,6 +46,7 @@ _ROOM = {
     "LIF": "neurons",
     "LeakyReadout": "neurons",
     "ParametricLIF": "neurons",
+    "Plan": "engines",
     "ResidualBlock": "layers",
     "SpikefitError": "errors",
     "SpikingConv1d": "layers",
@@ -49,16 +56,21 @@ _ROOM = {
     "Strategy": "engines",
     "compare": "reporting",
     "create_model": "models",
+    "doctor": "planning",
     "evaluate": "training",
     "lif": "ops.lif",
     "load_dataset": "data",
     "load_recipe": "training",
+    "pack_saved_tensors": "engines",
+    "plan": "planning",
     "predict": "training",
     "profile": "planning",
+    "report": "planning",
     "study": "reporting",
     "train": "training",
     "use_backend": "ops.dispatch",
     "use_strategy": "models",
+    "verify": "planning",
 }
 
 # rooms reached as attributes: spikefit.encoding.repeat

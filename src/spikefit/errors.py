@@ -36,6 +36,14 @@ class StrategyError(SpikefitError, ValueError):
     """A strategy does not apply to this model."""
 
 
+class PlanError(SpikefitError, ValueError):
+    """A plan does not belong to this model, or none can be made for it."""
+
+
+class BudgetError(PlanError):
+    """No plan fits the budget; the message says what would."""
+
+
 class CheckpointError(SpikefitError):
     """A checkpoint is damaged or belongs to another model."""
 

@@ -151,7 +151,7 @@ def test_list(run, what):
 def test_list_without_a_word_and_for_a_model(run):
     assert "strategies" in run("list")[1]
     rows = json.loads(run("list", "strategies", "har_mlp", "--json")[1])
-    assert {row["name"]: row["applies"] for row in rows} == {"bptt": "yes", "checkpoint": "yes"}
+    assert {row["name"]: row["applies"] for row in rows} == {"bptt": "yes", "lean": "yes", "checkpoint": "yes"}
 
 
 def test_env(run):

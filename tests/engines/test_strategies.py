@@ -87,7 +87,7 @@ def test_names():
         ("btpp", "expected one of bptt, lean, checkpoint"),
         ("chekpoint", "Did you mean checkpoint"),
         ("lean:inputs", "Did you mean input"),
-        ("lean:plan.json", "Plan.load"),
+        ("lean:everything", "or a saved plan"),
         ("checkpoint:0", "1 or more"),
         ("checkpoint:two", "1 or more"),
         ("bptt:2", "takes no option"),

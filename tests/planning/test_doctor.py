@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from spikefit.cli.doctor import doctor_command
+from spikefit.cli.app import doctor as doctor_command
 from spikefit.errors import OptionError
 from spikefit.layers import Readout, SpikingLinear
 from spikefit.models import SpikingNetwork, create_model, use_strategy
@@ -132,6 +132,22 @@ def test_values_that_go_on_without_a_graph():
     )
     assert found.bytes_total == found.bytes_per_step == 4 * B * N
     assert "without a graph" in found.evidence
+
+
+def test_a_forgotten_reset_in_a_model_without_forward():
+    class Streaming(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.v = nn.Linear(5, N), 0.0
+
+        def advance(self, x_t):
+            self.v = 0.5 * self.v + self.linear(x_t)
+            return self.v
+
+    model, x = Streaming(), torch.rand(T, B, 5)
+    (found,) = doctor(model, lambda: sum(model.advance(x_t).sum() for x_t in x).backward(retain_graph=True))
+    assert (found.module, found.kind, found.where) == ("", "forgotten reset", "v")
+    assert found.line.startswith("model.v = torch.zeros_like(model.v)")
 
 
 @pytest.mark.parametrize("attribute", ["list", "dict", "tuple", "buffer"])
@@ -257,6 +273,8 @@ def test_class_registries():
 class Everything(nn.Module):
     """Nothing of this grows: statistics, records, caches, bounded queues, rewritten weights, spiking blocks."""
 
+    levels: ClassVar = [torch.arange(3), torch.arange(4)]
+
     def __init__(self):
         super().__init__()
         # as many features as samples, so that no shape tells a statistic from a state
@@ -267,7 +285,7 @@ class Everything(nn.Module):
         self.cache, self.recent, self.rows, self.last, self.x = {}, deque(maxlen=2), [], None, None
 
     def forward(self, x):
-        self.neuron.v, self.rows, self.x = None, [], x.flatten(0, 1)
+        self.neuron.v, self.rows, self.x = None, [], x[-1]
         grid = self.cache.setdefault("grid", torch.arange(B * B).view(B, B) / B)
         z = self.linear(x)
         s = self.neuron(self.norm(z.flatten(0, 1)).view_as(z) + grid - self.threshold)
@@ -292,6 +310,12 @@ def test_nothing_in_a_clean_loop(optimizer, n):
     seen = doctor(model, lambda: loop() or (losses, last), n=n)
     assert str(seen) == f"doctor: nothing found; complete steps: {n}."
     assert (len(seen), seen.error, len(losses)) == (0, None, n)
+
+
+def test_a_record_of_a_batch_that_comes_again_is_no_state():
+    torch.manual_seed(0)
+    model, x = Everything(), torch.rand(T, B, 5)
+    assert not doctor(model, lambda: model(x).sum().backward(), n=4).findings
 
 
 @pytest.mark.parametrize("strategy", ["bptt", "checkpoint"])

@@ -204,6 +204,78 @@ def profile(
 
 
 @app.command()
+def plan(
+    target: Annotated[str, typer.Argument(help="model, recipe file, or package.module:factory")],
+    pairs: Pairs = None,
+    save: Annotated[Path | None, typer.Option(help="write the plan; strategy=lean:FILE uses it")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What every unit keeps so that a step fits: spikefit plan vgg9 budget=100MB timesteps=8 batch=16 image=3x32x32."""
+    from spikefit.cli.targets import plan_target
+
+    made = plan_target(target, read_pairs(pairs))
+    if save is not None:
+        made.save(save)
+    if as_json:
+        return print_json(made.to_dict())
+    print(made.explain())
+    if save is not None:
+        print(f"Written: {save} (use it with strategy=lean:{save})")
+
+
+@app.command()
+def verify(
+    target: Annotated[str, typer.Argument(help="model, recipe file, or package.module:factory")],
+    pairs: Pairs = None,
+    as_json: AsJson = False,
+) -> None:
+    """Proof that a strategy is exact: spikefit verify vgg9 strategy=lean:spikes timesteps=4 batch=2 image=3x32x32."""
+    from spikefit.cli.targets import verify_target
+
+    verdict = verify_target(target, read_pairs(pairs))
+    if as_json:
+        print_json(verdict.to_dict())
+    else:
+        print(verdict)
+    if not verdict.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    target: Annotated[str, typer.Argument(help="model, recipe file, or package.module:factory")],
+    pairs: Pairs = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bytes before and after, per unit: spikefit report vgg9 strategy=lean:spikes (or budget=100MB)."""
+    from spikefit.cli.targets import report_target
+
+    found = report_target(target, read_pairs(pairs))
+    if as_json:
+        return print_json(found.to_dict())
+    print(found)
+
+
+@app.command()
+def doctor(
+    target: Annotated[str, typer.Argument(help="model, recipe file, or package.module:factory")],
+    pairs: Pairs = None,
+    as_json: AsJson = False,
+) -> None:
+    """Forgotten resets, kept graphs, growing lists: spikefit doctor mynet:make timesteps=4 batch=8 image=2x16x16.
+
+    A model of your own takes [T, B, ...] and gives logits [T, B, K]; if it has a reset(), that is called before every
+    step.
+    """
+    from spikefit.cli.targets import doctor_target
+
+    found = doctor_target(target, read_pairs(pairs))
+    if as_json:
+        return print_json(found.to_dict())
+    print(found)
+
+
+@app.command()
 def compare(
     target: Annotated[str, typer.Argument(help="recipe file, or a model with data=...")],
     pairs: Pairs = None,

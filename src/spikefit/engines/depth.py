@@ -74,12 +74,12 @@ def run_length(blocks: int, option: str | None) -> int:
 
 def check_keep(option: str | None) -> None:
     """Raise StrategyError unless the option of `lean` is known."""
-    if option is not None and option not in KEEP_OPTIONS:
+    if option is not None and option not in KEEP_OPTIONS and not option.endswith(".json"):
         near = difflib.get_close_matches(option, KEEP_OPTIONS, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise StrategyError(
-            f"strategy lean: the option is what a unit keeps, one of {', '.join(KEEP_OPTIONS)}, got {option!r}.{hint} "
-            "A saved plan is used with Plan.load(path).apply(model)."
+            f"strategy lean: the option is what a unit keeps, one of {', '.join(KEEP_OPTIONS)}, or a saved "
+            f"plan (a .json file), got {option!r}.{hint}"
         )
 
 

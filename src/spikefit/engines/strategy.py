@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from spikefit.engines import depth
+from spikefit.engines.plan import Plan
 from spikefit.errors import StrategyError
 from spikefit.layers import SpikingUnit
 
@@ -51,7 +52,14 @@ class Strategy:
         return STRATEGIES[self.name].run(blocks, x, state, self.option)
 
     def set_keeps(self, model: nn.Module) -> None:
-        """Tell every unit of `model` what it keeps for backward."""
+        """Tell every unit of `model` what it keeps for backward.
+
+        Raises:
+            PlanError: the option names a plan that cannot be read or belongs to another model.
+        """
+        if self.name == "lean" and self.option is not None and self.option.endswith(".json"):
+            Plan.load(self.option).apply(model)
+            return
         for module in model.modules():
             if isinstance(module, SpikingUnit):
                 module.keep = STRATEGIES[self.name].keep(module, self.option)
@@ -69,7 +77,7 @@ STRATEGIES: dict[str, StrategyKind] = {
     "bptt": StrategyKind("keep it: plain autograd holds every state", True, depth.run_plain, _no_option),
     "lean": StrategyKind(
         "pack it: spikes as bits, the rest rebuilt in backward; option: what a unit keeps beside them, "
-        "input | spikes | auto (default: auto)",
+        "input | spikes | auto, or a saved plan (default: auto)",
         True,
         depth.run_plain,
         depth.check_keep,

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from spikefit.errors import SpikefitError
 from spikefit.layers import BatchNorm, Readout, SpikingUnit
+from spikefit.layers.packed import PackedSpikes
 from spikefit.neurons import LeakyReadout, SpikingNeuron
 from spikefit.planning.target import LossFunction, mean_cross_entropy
 
@@ -25,7 +26,7 @@ from spikefit.planning.target import LossFunction, mean_cross_entropy
 MARGIN, CONSTANT = 0.10, 1 << 18
 
 # Kept bytes by what keeps them; "segment" is the input of a checkpointed run of units.
-CATEGORIES = ("weight input", "norm input", "neuron input", "pool", "segment", "other")
+CATEGORIES = ("packed spikes", "weight input", "norm input", "neuron input", "pool", "segment", "other")
 
 
 @dataclass
@@ -60,6 +61,7 @@ class _Watch:
         self.stack: list[tuple[str, nn.Module]] = []
         self.fired: set[str] = set()
         self.seen: set[int] = set()
+        self.inputs: set[int] = set()
         self.keep: list[Any] = []
         self.parameters = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
         self.handles = []
@@ -70,6 +72,7 @@ class _Watch:
     def _enter(self, name: str):
         def enter(module, inputs):
             self.stack.append((name, module))
+            self.inputs.update(t.untyped_storage()._cdata for t in inputs if isinstance(t, Tensor))
 
         return enter
 
@@ -83,12 +86,20 @@ class _Watch:
         if key not in self.seen and key not in self.parameters:
             self.seen.add(key)
             self.keep.append(t)
-            layer, category = self._place()
+            layer, category = self._place(t)
             row = self.saved.layers.setdefault(layer, {})
             row[category] = row.get(category, 0) + t.untyped_storage().nbytes()
         return t
 
-    def _place(self) -> tuple[str, str]:
+    def _category(self, name: str, unit: SpikingUnit, t: Tensor) -> str:
+        """What a unit saves itself, beside its norm and neuron."""
+        if t.dtype == torch.uint8:
+            return "packed spikes"
+        if unit.keep == "input" and t.untyped_storage()._cdata not in self.inputs:
+            return "norm input"
+        return "pool" if name in self.fired else "weight input"
+
+    def _place(self, t: Tensor) -> tuple[str, str]:
         """(layer, category) of what is saved now."""
         for name, module in reversed(self.stack):
             if isinstance(module, BatchNorm):
@@ -96,7 +107,7 @@ class _Watch:
             if isinstance(module, SpikingNeuron | LeakyReadout):
                 return _parent(name, self.stack), "neuron input"
             if isinstance(module, SpikingUnit):
-                return name, "pool" if name in self.fired else "weight input"
+                return name, self._category(name, module, t)
             if isinstance(module, Readout | nn.Linear | nn.Conv1d | nn.Conv2d):
                 return name, "weight input"
             if len(self.stack) > 1:
@@ -134,11 +145,12 @@ def watch_saved(model: nn.Module) -> Iterator[SavedBytes]:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Bytes of all storages made inside the block that are alive, and their peak."""
+    """Bytes of all storages made inside the block that are alive, and their peak in every stage of the step."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now, self.stage = 0, "forward"
+        self.peaks: dict[str, int] = {}
         self.known: dict[int, weakref.finalize] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -147,8 +159,12 @@ class _LiveBytes(TorchDispatchMode):
         for t in tree_leaves(out):
             if isinstance(t, Tensor) and t.untyped_storage()._cdata not in given:
                 self._add(t.untyped_storage())
-        self.peak = max(self.peak, self.now + scratch_bytes(func, args))
+        self.peaks[self.stage] = max(self.peaks.get(self.stage, 0), self.now + scratch_bytes(func, args))
         return out
+
+    def enter(self, stage: str) -> None:
+        """What follows belongs to `stage`."""
+        self.stage = stage
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
@@ -181,10 +197,22 @@ def _bytes(t: Tensor) -> int:
 
 @dataclass(frozen=True)
 class PredictedBytes:
-    """What `predicted_bytes` returns: the peak above the level before the step, and what is held for backward."""
+    """What `predicted_bytes` returns.
+
+    Attributes:
+        peak: above the level before the step.
+        saved: what is held between forward and backward.
+        stages: "forward UNIT", "loss" and "backward UNIT" -> peak of the live tensors in it, without margin.
+    """
 
     peak: int
     saved: SavedBytes
+    stages: dict[str, int] = field(default_factory=dict)
+
+    @staticmethod
+    def with_margin(live: int) -> int:
+        """What is predicted for a step whose live tensors peak at so many bytes."""
+        return int((1 + MARGIN) * live) + CONSTANT
 
 
 def predicted_bytes(
@@ -216,8 +244,15 @@ def predicted_bytes(
         fake = {key: _fake(mode, t) for key, t in state.items()}
         fake_x, fake_y = _fake(mode, x), _fake(mode, y)
         with _swapped(model, fake), mode, _LiveBytes() as live:
-            with watch_saved(model) as saved, torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
-                value = loss(model(fake_x), fake_y)
+            with (
+                watch_saved(model) as saved,
+                _staged(model, live),
+                torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast),
+            ):
+                logits = model(fake_x)
+                live.enter("loss")
+                value = loss(logits, fake_y)
+                del logits
             value.backward()
             del value
     except RuntimeError as error:
@@ -227,7 +262,35 @@ def predicted_bytes(
             f"predict: {type(model).__name__} cannot run on fake tensors, which have shapes but no values "
             f"({str(error).splitlines()[0]}); remove .item() and the like, or measure a real step."
         ) from error
-    return PredictedBytes(peak=int((1 + MARGIN) * live.peak) + CONSTANT, saved=saved)
+    return PredictedBytes(PredictedBytes.with_margin(max(live.peaks.values())), saved, live.peaks)
+
+
+@contextlib.contextmanager
+def _staged(model: nn.Module, live: _LiveBytes) -> Iterator[None]:
+    """Tell `live` which unit runs: forward from hooks of the module, backward from hooks of its spikes."""
+
+    def before(name: str):
+        return lambda module, inputs: live.enter(f"forward {name}")
+
+    def after(name: str):
+        def hook(module, inputs, output):
+            spikes = output[0]
+            spikes = spikes.carrier if isinstance(spikes, PackedSpikes) else spikes
+            if isinstance(spikes, Tensor) and spikes.requires_grad:
+                spikes.register_hook(lambda g: live.enter(f"backward {name}"))
+
+        return hook
+
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, SpikingUnit) and module.neuron is not None:
+            handles.append(module.register_forward_pre_hook(before(name)))
+            handles.append(module.register_forward_hook(after(name)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _fake(mode: Any, t: Tensor) -> Tensor:

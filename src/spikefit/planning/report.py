@@ -1,0 +1,178 @@
+"""`report`: the bytes of a training step before and after, per unit and category, without running it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spikefit.engines import Plan
+from spikefit.layers import SpikingUnit
+from spikefit.planning.memory import PredictedBytes, predicted_bytes
+from spikefit.planning.plan import largest_size, show_bytes, static_bytes
+from spikefit.planning.target import LossFunction, mean_cross_entropy
+from spikefit.planning.verify import plain_bptt
+
+LONGEST = 16
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two columns of a report.
+
+    Attributes:
+        peak_bytes: predicted peak of the step above weights, buffers, optimiser and input.
+        categories: "weights", "gradients", "optimiser", "buffers and input", "kept spikes", "kept floats", "transient".
+        units: unit -> category -> bytes held between forward and backward.
+    """
+
+    peak_bytes: int
+    categories: dict[str, int]
+    units: dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Memory of a training step, plain and as the model is set up.
+
+    Attributes:
+        before: under plain BPTT.
+        after: under the plan given, or the strategy the model has.
+        ratio: peak before over peak after.
+        slowdown: predicted by the plan; None without one.
+        largest_batch: what would fit the budget of the plan; None without one.
+        largest_timesteps: the same for T, looked for up to 16 times the T of the sample.
+    """
+
+    before: Side
+    after: Side
+    ratio: float
+    slowdown: float | None
+    largest_batch: int | None
+    largest_timesteps: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as JSON can hold them."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        sides = (self.before, self.after)
+        rows = [["", "before", "after"]]
+        rows += [[name, *(show_bytes(s.categories[name]) for s in sides)] for name in self.before.categories]
+        rows += [["peak of a step", *(show_bytes(s.peak_bytes) for s in sides)], ["", "", ""]]
+        names = dict.fromkeys([*self.before.units, *self.after.units])
+        rows += [[n, *(show_bytes(sum(s.units.get(n, {}).values())) for s in sides)] for n in names]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = [f"{a.ljust(widths[0])}  {b.rjust(widths[1])}  {c.rjust(widths[2])}".rstrip() for a, b, c in rows]
+        slower = f", step {self.slowdown:.2f} times as long" if self.slowdown else ""
+        lines.append(f"peak {self.ratio:.1f} times smaller{slower}")
+        if self.largest_batch is not None:
+            lines.append(
+                f"within the budget: batch up to {self.largest_batch}, or T up to {self.largest_timesteps} "
+                f"(looked for up to {LONGEST} times the given T)"
+            )
+        return "\n".join(lines)
+
+
+def report(
+    model: nn.Module,
+    sample: Tensor | tuple[Tensor, Tensor],
+    plan: Plan | None = None,
+    *,
+    optimizer: str | torch.optim.Optimizer | None = None,
+    loss: LossFunction = mean_cross_entropy,
+    autocast: bool = False,
+) -> MemoryReport:
+    """Bytes of a training step before and after, per unit and category; nothing is allocated.
+
+    Args:
+        model: a network of spikefit units; it is left as it was.
+        sample: input [T, B, ...], or (input, targets); only shapes, strides and dtype matter.
+        plan: the choice to report; None for the strategy that `model` has now.
+        optimizer: as in `spikefit.plan`.
+        loss: (logits, targets) -> scalar.
+        autocast: under bfloat16 autocast.
+
+    Returns:
+        MemoryReport.
+
+    Raises:
+        PlanError: the plan belongs to another model, or the forward cannot be traced.
+    """
+    x, y = sample if isinstance(sample, tuple) else (sample, torch.zeros(sample.shape[1], dtype=torch.int64))
+    training = model.training
+    model.train()
+    try:
+        with plain_bptt(model):
+            before = predicted_bytes(model, x, y, loss=loss, autocast=autocast)
+        with applied(model, plan):
+            after = predicted_bytes(model, x, y, loss=loss, autocast=autocast)
+            sizes = _sizes(model, x, y, plan, optimizer, loss, autocast)
+    finally:
+        model.train(training)
+    return MemoryReport(
+        before=_side(model, x, before, optimizer),
+        after=_side(model, x, after, optimizer),
+        ratio=before.peak / after.peak,
+        slowdown=None if plan is None else plan.predicted_slowdown,
+        largest_batch=sizes[0],
+        largest_timesteps=sizes[1],
+    )
+
+
+@contextmanager
+def applied(model: nn.Module, plan: Plan | None) -> Iterator[None]:
+    """`model` under `plan` for the time of the block."""
+    units = [m for m in model.modules() if isinstance(m, SpikingUnit)]
+    keeps = [u.keep for u in units]
+    try:
+        if plan is not None:
+            plan.apply(model)
+        yield
+    finally:
+        for unit, keep in zip(units, keeps, strict=True):
+            unit.keep = keep
+
+
+def _sizes(model, x, y, plan: Plan | None, optimizer, loss, autocast) -> tuple[int | None, int | None]:
+    """The largest batch and T that fit the budget of the plan, doubled up from the given ones."""
+    if plan is None or plan.budget_bytes is None:
+        return None, None
+
+    def peak(timesteps: int, batch: int) -> int:
+        # memory that is never touched: only shapes and strides matter
+        big = x.new_empty(1 if x.stride(0) == 0 else timesteps, batch, *x.shape[2:]).expand(
+            timesteps, batch, *x.shape[2:]
+        )
+        static, _ = static_bytes(model, big, optimizer)
+        return static + predicted_bytes(model, big, y[:1].expand(batch), loss=loss, autocast=autocast).peak
+
+    steps = x.shape[0]
+    batch = largest_size(lambda n: peak(steps, n), plan.budget_bytes, x.shape[1])
+    if getattr(model, "timesteps", None) is not None:
+        return batch, steps
+    most = LONGEST * steps  # a prediction goes through every step, so its time bounds how far to look
+    return batch, largest_size(lambda n: peak(n, x.shape[1]), plan.budget_bytes, steps, most)
+
+
+def _side(model: nn.Module, x: Tensor, predicted: PredictedBytes, optimizer) -> Side:
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    others = sum(b.numel() * b.element_size() for b in model.buffers()) + x.untyped_storage().nbytes()
+    spikes = predicted.saved.categories().get("packed spikes", 0)
+    floats = predicted.saved.total - spikes
+    return Side(
+        predicted.peak,
+        {
+            "weights": weights,
+            "optimiser": static_bytes(model, x, optimizer)[0] - weights - others,
+            "buffers and input": others,
+            "gradients": gradients,
+            "kept spikes": spikes,
+            "kept floats": floats,
+            "transient": max(0, predicted.peak - gradients - spikes - floats),
+        },
+        predicted.saved.layers,
+    )

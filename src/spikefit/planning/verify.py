@@ -1,0 +1,243 @@
+"""`verify`: proof, on the user's own model, that a strategy gives the outputs and gradients of plain BPTT.
+
+One training step runs as the model is set up, and one with plain autograd on the reference operations (neuron, norm and
+packing in plain torch), from the same weights, buffers and random numbers. The second runs twice first: what differs
+between two equal runs is noise of the machine, or a model whose forward cannot be repeated.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spikefit.engines import Strategy
+from spikefit.errors import SpikefitError
+from spikefit.layers import SpikingUnit
+from spikefit.layers.packed import PackedSpikes
+from spikefit.models import SpikingNetwork
+from spikefit.ops.dispatch import use_backend
+from spikefit.planning.target import LossFunction, mean_cross_entropy, training_step
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `verify` found.
+
+    Attributes:
+        passed: all of the following hold.
+        spikes_equal: logits and the spikes of every unit are equal bit for bit.
+        buffers_equal: buffers after the step are equal, counters exactly and running statistics to a few roundings.
+        random_equal: the random number generator stands where it stood after the oracle.
+        max_gradient_error: largest |difference| over all gradients, each over its own largest absolute value.
+        worst: name of that gradient.
+        tolerance: what the error may be; at least ten times the noise.
+        noise: the same error between two runs of the oracle.
+        spikes_differing: unit -> spikes that differ.
+    """
+
+    passed: bool
+    spikes_equal: bool
+    buffers_equal: bool
+    random_equal: bool
+    max_gradient_error: float
+    worst: str
+    tolerance: float
+    noise: float
+    spikes_differing: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as JSON can hold them."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        word = "equal" if self.passed else "NOT equal"
+        lines = [
+            f"{word} to plain BPTT: largest gradient error {self.max_gradient_error:.1e} at {self.worst} "
+            f"(allowed {self.tolerance:.1e}).",
+            f"spikes {_word(self.spikes_equal)}, buffers {_word(self.buffers_equal)}, random numbers "
+            f"{_word(self.random_equal)}.",
+        ]
+        lines += [f"  {name}: {count} spikes differ" for name, count in self.spikes_differing.items()]
+        return "\n".join(lines)
+
+
+def _word(equal: bool) -> str:
+    return "equal" if equal else "DIFFER"
+
+
+@dataclass
+class _Step:
+    """Everything one step leaves behind."""
+
+    logits: Tensor
+    spikes: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    random: Tensor
+
+
+def verify(
+    model: nn.Module,
+    sample: Tensor | tuple[Tensor, Tensor],
+    *,
+    loss: LossFunction = mean_cross_entropy,
+    tolerance: float | None = None,
+    backend: str = "auto",
+    autocast: bool = False,
+) -> Verdict:
+    """Compare one training step of `model`, as it is set up, with plain BPTT on the reference operations.
+
+    Weights, gradients, buffers, mode and random numbers are afterwards as they were.
+
+    Args:
+        model: a network of spikefit units with its strategy or plan applied.
+        sample: input [T, B, ...], or (input, targets).
+        loss: (logits, targets) -> scalar.
+        tolerance: allowed gradient error; None for 1e-10 in float64, 1e-5 in float32, 2e-2 in half precision or
+            autocast; ten times the noise between two runs of the oracle is always allowed.
+        backend: backend of the step that is verified.
+        autocast: run under bfloat16 autocast.
+
+    Returns:
+        Verdict.
+
+    Raises:
+        SpikefitError: two equal runs of the model differ in their spikes, so nothing can be compared or recomputed.
+    """
+    x, y = sample if isinstance(sample, tuple) else (sample, torch.zeros(sample.shape[1], dtype=torch.int64))
+    options = (x, y, loss, autocast)
+    training = model.training
+    model.train()
+    try:
+        first, oracle = (_run(model, *options, plain=True, backend="reference") for _ in range(2))
+        if _differing(first, oracle) or not torch.equal(first.logits, oracle.logits):
+            names = [*_differing(first, oracle), "the logits"]
+            raise SpikefitError(
+                f"verify: two runs of {type(model).__name__} from the same random state differ at {names[0]}, so its "
+                "forward cannot be repeated; draw random numbers from torch's generators only, and keep no state "
+                "between calls."
+            )
+        got = _run(model, *options, plain=False, backend=backend)
+    finally:
+        model.train(training)
+    noise, _ = _error(first, oracle)
+    error, worst = _error(got, oracle)
+    dtype = torch.bfloat16 if autocast else next(iter(oracle.gradients.values())).dtype
+    allowed = max(TOLERANCE.get(dtype, 1e-5) if tolerance is None else tolerance, 10 * noise)
+    differing = _differing(got, oracle)
+    spikes_equal = not differing and torch.equal(got.logits, oracle.logits)
+    buffers_equal = all(_same_buffer(t, oracle.buffers[k]) for k, t in got.buffers.items())
+    random_equal = torch.equal(got.random, oracle.random)
+    passed = spikes_equal and buffers_equal and random_equal and error <= allowed
+    return Verdict(passed, spikes_equal, buffers_equal, random_equal, error, worst, allowed, noise, differing)
+
+
+def _run(
+    model: nn.Module, x: Tensor, y: Tensor, loss: LossFunction, autocast: bool, *, plain: bool, backend: str
+) -> _Step:
+    """One step whose traces are removed again."""
+    x = x.detach().requires_grad_()
+    spikes: dict[str, Tensor] = {}
+    handles = [
+        module.register_forward_hook(_record(name, spikes))
+        for name, module in model.named_modules()
+        if isinstance(module, SpikingUnit) and module.neuron is not None
+    ]
+    random = torch.get_rng_state()
+    buffers = {k: b.clone() for k, b in model.named_buffers()}
+    held = {p: p.grad for p in model.parameters()}
+    logits: list[Tensor] = []
+
+    def recording(out: Tensor, targets: Tensor) -> Tensor:
+        logits.append(out.detach().clone())
+        return loss(out, targets)
+
+    try:
+        for p in held:
+            p.grad = None
+        with plain_bptt(model) if plain else contextlib.nullcontext(), use_backend(backend):
+            training_step(model, x, y, recording, autocast=autocast)
+        gradients = {"input": x.grad} | {k: p.grad for k, p in model.named_parameters()}
+        return _Step(
+            logits[0],
+            spikes,
+            {k: g.clone() for k, g in gradients.items() if g is not None},
+            {k: b.clone() for k, b in model.named_buffers()},
+            torch.get_rng_state(),
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p, grad in held.items():
+            p.grad = grad
+        with torch.no_grad():
+            for k, b in model.named_buffers():
+                b.copy_(buffers[k])
+        torch.set_rng_state(random)
+
+
+def _record(name: str, spikes: dict[str, Tensor]):
+    """A hook that keeps the spikes of a unit as bits."""
+
+    def hook(module, inputs, output) -> None:
+        out = output[0]
+        if name not in spikes:  # a recomputed forward comes later
+            with torch.no_grad():
+                dense = out.steps(0, out.shape[0]) if isinstance(out, PackedSpikes) else out.detach()
+                spikes[name] = dense.clone()
+
+    return hook
+
+
+@contextlib.contextmanager
+def plain_bptt(model: nn.Module) -> Iterator[None]:
+    """`model` under plain BPTT for the time of the block."""
+    networks = [m for m in model.modules() if isinstance(m, SpikingNetwork)]
+    units = [m for m in model.modules() if isinstance(m, SpikingUnit)]
+    strategies, keeps = [n.strategy for n in networks], [u.keep for u in units]
+    try:
+        for network in networks:
+            network.strategy = Strategy("bptt")
+        for unit in units:
+            unit.keep = "all"
+        yield
+    finally:
+        for network, strategy in zip(networks, strategies, strict=True):
+            network.strategy = strategy
+        for unit, keep in zip(units, keeps, strict=True):
+            unit.keep = keep
+
+
+def _differing(a: _Step, b: _Step) -> dict[str, int]:
+    """Unit -> number of spikes that differ."""
+    counts = {
+        k: int((s != b.spikes[k]).sum()) if s.shape == b.spikes[k].shape else s.numel() for k, s in a.spikes.items()
+    }
+    return {k: n for k, n in counts.items() if n}
+
+
+def _same_buffer(got: Tensor, wanted: Tensor) -> bool:
+    """Equal; floating point ones to a few roundings, as backends add float64 sums in another order."""
+    if not wanted.is_floating_point():
+        return torch.equal(got, wanted)
+    few = 16 * torch.finfo(wanted.dtype).eps
+    return torch.allclose(got, wanted, rtol=few, atol=few)
+
+
+def _error(a: _Step, b: _Step) -> tuple[float, str]:
+    """(largest relative difference of the gradients, its name)."""
+    worst, name = 0.0, next(iter(b.gradients))
+    for key, wanted in b.gradients.items():
+        got = a.gradients.get(key)
+        if got is None or got.shape != wanted.shape:
+            return float("inf"), key
+        scale = float(wanted.abs().max())
+        error = float((got.double() - wanted.double()).abs().max()) / (scale if scale > 0 else 1.0)
+        if not error <= worst:
+            worst, name = error, key
+    return worst, name
