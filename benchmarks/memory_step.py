@@ -110,7 +110,7 @@ def first_steps(contestants: dict[str, Contestant], dtype: torch.dtype) -> tuple
         if dtype == torch.float64 and name.endswith("compiled"):
             continue
         each.to(dtype)
-        losses[name] = each.step().item()
+        losses[name] = each.step(2 if dtype == torch.float64 else None).item()
         gradients = [p.grad for p in each.net.parameters() if p.ndim > 0]
         if not expected:
             expected = gradients

@@ -23,6 +23,9 @@ CASES = {
     "avg, odd": (3, Grid(2, 5, 3, "avg"), 8, {}),
     "max, line": (3, Grid(3, 1, 7, "max"), 8, {}),
     "avg, line": (3, Grid(3, 1, 6, "avg"), 8, {}),
+    # more neurons per block, and more steps, than the kernels take in one go
+    "long rows": (10, Grid(3, 8, 10, ""), 40, {}),
+    "long rows, max": (9, Grid(2, 4, 30, "max"), 24, {}),
     "repeated": (4, Grid(2, 4, 4, "max"), 8, {"z": 1}),
     "per step": (4, Grid(2, 4, 4, ""), 8, {"R": 4}),
     "two branches": (3, Grid(2, 4, 4, ""), 8, {"K": 2}),

@@ -60,6 +60,10 @@ class Map(NamedTuple):
         convolve = F.conv2d if self.kind == "conv2d" else F.conv1d
         return convolve(_dense(self._thinned(x)), weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
+    def prepared(self, weight: Tensor) -> Tensor:
+        """The weight in the memory order in which a convolution would copy it, call by call."""
+        return _dense(weight) if self.kind != "linear" else weight
+
     def gradient(
         self, x: Tensor, g: Tensor, weight: Tensor, wants: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -163,7 +167,7 @@ def stepwise(
     step: Callable[[int], Tensor], timesteps: int, map_: Map, weight: Tensor, bias: Tensor | None, chunk: int | None
 ) -> Tensor:
     """z [T, B, ...] of the inputs step(t) [B, ...], `chunk` rows of one step per call: the one forward of a weight."""
-    z = None
+    z, weight = None, map_.prepared(weight)
     for t in range(timesteps):
         x = step(t)
         rows = x.shape[0] if chunk is None else min(chunk, x.shape[0])

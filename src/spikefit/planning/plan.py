@@ -88,7 +88,8 @@ def plan(
     tracer = _Tracer(model, x, y, loss, autocast)
     units, around = tracer.units()
     if limit is None:
-        keeps = ["spikes"] * len(units)
+        # what the unit at the peak leaves room for costs no memory
+        keeps = _fitting(tracer, units, around, static + tracer.predict("spikes").peak, static)
     else:
         plain = tracer.predict("all")
         if static + plain.peak <= limit:

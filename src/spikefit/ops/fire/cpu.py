@@ -13,9 +13,11 @@ from torch import Tensor
 
 from spikefit.ops.fire.layout import Current, Grid
 from spikefit.ops.lif.cpu import (
+    ATAN,
     HARD,
     SOFT,
     after_reset,
+    atan_slope,
     block_state,
     charge,
     fill_slope,
@@ -32,6 +34,8 @@ from spikefit.ops.threads import use_torch_threads
 BLOCK_BYTES = 256 * 1024
 # Neurons per block in forward, which holds one membrane.
 BLOCK_NEURONS = 8192
+# Neurons over which the default backward repeats its scales, and steps after which it moves its sums to float64.
+SEGMENT, FLUSH = 512, 8
 
 NO_POOL, MAX_POOL, AVERAGE_POOL = range(3)
 POOLS = {"": NO_POOL, "max": MAX_POOL, "avg": AVERAGE_POOL}
@@ -93,6 +97,9 @@ def backward(
     sums_3 = np.zeros((jobs, 3))
     none = np.zeros((0, 0), numpy_type)
     abc = [np.zeros((0, 0, 0), numpy_type)] if write is None else [w.numpy() for w in write]
+    alone = len(current.zs) == 1 and current.extra is None and current.spikes is None and R == 1
+    usual = equation.reset == "soft" and FORMS[equation.surrogate.name].kernel == ATAN
+    default = alone and usual and z.shape[0] == T and dx_TMC is None and not want_coefficients
     use_torch_threads()
     _backward(  # type: ignore[call-arg]
         g_TGC.view(T, -1).numpy(),
@@ -116,6 +123,7 @@ def backward(
         (grid.height, grid.width, p, q_columns),
         (jobs, M, rows),
         want_coefficients,
+        default,
         C,
         table(z.dtype, 1).view(numpy_type),
     )
@@ -230,20 +238,46 @@ def _forward(
 
 
 @numba.njit(cache=True, error_model="numpy")
-def _unpool_max(g_n, s, out, width, C, p):
+def _winners(b0, b1, b2, b3):
+    """Of four bytes of spikes the bits of the first that fired, or of the first place where none did."""
+    full = np.uint8(255)
+    return b0 | (full ^ (b1 | b2 | b3)), b1 & ~b0, b2 & ~(b0 | b1), b3 & ~(b0 | b1 | b2)
+
+
+@numba.njit(cache=True, error_model="numpy")
+def _unpool_max(g_n, bytes_n, out, lut, width, C, p):
     """Send the gradient of every window to its first spike in row-major order, or to its first place if it is empty."""
-    zero = g_n.dtype.type(0)
-    below = width * C if p == 2 else 0
-    for j in range(width // 2):
-        a = 2 * j * C
+    P, columns, none = (C + 7) // 8, width // 2, np.uint8(0)
+    if C % 8 == 0 and width % 2 == 0:
+        # axes instead of sums of indices, which the compiler turns into vector instructions
+        g_JP8, bits = g_n.reshape(columns, P, 8), bytes_n.reshape(p, columns, 2, P)
+        out_8 = out.reshape(p, columns, 2, P, 8)
+        for j in range(columns):
+            for o in range(P):
+                b2, b3 = (bits[1, j, 0, o], bits[1, j, 1, o]) if p == 2 else (none, none)
+                w0, w1, w2, w3 = _winners(bits[0, j, 0, o], bits[0, j, 1, o], b2, b3)
+                for k in range(8):
+                    out_8[0, j, 0, o, k] = g_JP8[j, o, k] * lut[w0, k]
+                for k in range(8):
+                    out_8[0, j, 1, o, k] = g_JP8[j, o, k] * lut[w1, k]
+                if p == 2:
+                    for k in range(8):
+                        out_8[1, j, 0, o, k] = g_JP8[j, o, k] * lut[w2, k]
+                    for k in range(8):
+                        out_8[1, j, 1, o, k] = g_JP8[j, o, k] * lut[w3, k]
+        return
+    for j in range(columns):
         for c in range(C):
-            g, s0, s1 = g_n[j * C + c], s[a + c] > 0, s[a + C + c] > 0
-            s2, s3 = (s[a + below + c] > 0, s[a + below + C + c] > 0) if p == 2 else (False, False)
-            out[a + c] = g if s0 or not (s1 or s2 or s3) else zero
-            out[a + C + c] = g if s1 and not s0 else zero
+            left = 2 * j * P + c // 8
+            below = left + width * P
+            b2, b3 = (bytes_n[below], bytes_n[below + P]) if p == 2 else (none, none)
+            w0, w1, w2, w3 = _winners(bytes_n[left], bytes_n[left + P], b2, b3)
+            g, at, k = g_n[j * C + c], 2 * j * C + c, c % 8
+            out[at] = g * lut[w0, k]
+            out[at + C] = g * lut[w1, k]
             if p == 2:
-                out[a + below + c] = g if s2 and not (s0 or s1) else zero
-                out[a + below + C + c] = g if s3 and not (s0 or s1 or s2) else zero
+                out[at + width * C] = g * lut[w2, k]
+                out[at + width * C + C] = g * lut[w3, k]
 
 
 @numba.njit(cache=True, error_model="numpy")
@@ -257,22 +291,23 @@ def _unpool_average(g_n, out, width, C, p):
 
 
 @numba.njit(cache=True, error_model="numpy")
-def _outer_gradient(g, t, s, out, pool, strip, image, rows, shape, lo, C):
-    """out <- dL/ds of the rows of a block that starts at row `lo`."""
+def _outer_gradient(g_t, bytes_n, out, n, pool, strip, image, rows, shape, lo, C, lut):
+    """dL/ds of the n neurons of a block that starts at row `lo`: a part of `g_t`, or `out` filled from it."""
     height, width, p, _ = shape
     if pool == NO_POOL:
-        out[:] = g[t, lo * C : lo * C + out.size]
-        return
-    out[:] = 0  # rows and columns that fill no window have no gradient
-    if rows < p or width < 2:
-        return
+        return g_t[lo * C : lo * C + n]
     columns = width // 2
+    if rows < p or width % 2 > 0:
+        out[:] = 0  # rows and columns that fill no window have no gradient
+    if rows < p or columns == 0:
+        return out
     first = (image * (height // p) + strip) * columns * C
-    g_n = g[t, first : first + columns * C]
+    g_n = g_t[first : first + columns * C]
     if pool == MAX_POOL:
-        _unpool_max(g_n, s, out, width, C, p)
+        _unpool_max(g_n, bytes_n, out, lut, width, C, p)
     else:
         _unpool_average(g_n, out, width, C, p)
+    return out
 
 
 @numba.njit(cache=True, error_model="numpy")
@@ -303,7 +338,7 @@ def _block_backward(
     T, n, P, dtype, writing = bits.shape[0], (hi - lo) * C, (C + 7) // 8, g.dtype, abc[0].size > 0
     u_all, v_all = np.empty((T, n), dtype), np.empty((T if want_3 else 0, n), dtype)
     x, s, slope = np.empty(n, dtype), np.empty(n, dtype), np.empty(n, dtype)
-    d_s, dx = np.empty(n, dtype), np.empty(n, dtype)
+    room, dx = np.empty(n, dtype), np.empty(n, dtype)
     scale, shift = np.empty((K, n), dtype), np.empty((K, n), dtype)
     stepwise = scales[0].shape[0] > 1 or scales[1].shape[0] > 1
     v = block_state(v_0, lo * C, hi * C)
@@ -328,7 +363,9 @@ def _block_backward(
     for t in range(T - 1, -1, -1):
         u = u_all[t]
         _spread(bits[t, lo * P : hi * P], s, lut, C)
-        _outer_gradient(g, t, s, d_s, pool, strip, image, (hi - lo) // shape[1], shape, lo, C)
+        d_s = _outer_gradient(
+            g[t], bits[t, lo * P : hi * P], room, n, pool, strip, image, (hi - lo) // shape[1], shape, lo, C, lut
+        )
         fill_slope(u, slope, theta, kind, parameter)
         if want_3:
             if stepwise:
@@ -377,6 +414,89 @@ def _block_backward(
 
 
 @numba.njit(cache=True, error_model="numpy")
+def _repeat(row, width):
+    """The row repeated up to a width."""
+    out = np.empty(width, row.dtype)
+    for first in range(0, width, row.size):
+        out[first : first + row.size] = row
+    return out
+
+
+@numba.njit(cache=True, error_model="numpy")
+def _charge_segment(z, scale, shift, v, s, u_out, leak, gain, theta, v_rest):
+    for i in range(z.size):
+        u = charge(v[i], z[i] * scale[i] + shift[i], leak, gain, v_rest)
+        u_out[i] = u
+        v[i] = after_reset(u, s[i], theta, SOFT, u)
+
+
+@numba.njit(cache=True, error_model="numpy")
+def _write_segment(g, u, q, z, p0, p1, p2, leak, gain, theta, a, parameter):
+    """z <- p0 dL/dx + p1 z + p2, q <- leak D."""
+    for i in range(z.size):
+        slope = atan_slope(u[i], theta, parameter)
+        d = to_membrane(g[i], slope, q[i], u[i], u[i], theta, SOFT, u[i], a)
+        z[i], q[i] = p0[i] * (gain * d) + p1[i] * z[i] + p2[i], leak * d
+
+
+@numba.njit(cache=True, error_model="numpy")
+def _sum_segment(g, u, q, z, sum_x, sum_xz, leak, gain, theta, a, parameter):
+    """Add dL/dx and dL/dx z, q <- leak D."""
+    for i in range(z.size):
+        slope = atan_slope(u[i], theta, parameter)
+        d = to_membrane(g[i], slope, q[i], u[i], u[i], theta, SOFT, u[i], a)
+        dx, q[i] = gain * d, leak * d
+        sum_x[i] += dx
+        sum_xz[i] += dx * z[i]
+
+
+@numba.njit(cache=True, error_model="numpy")
+def _default_backward(
+    g, q_N, z, scale, shift, v_0, bits, abc, dv_0, sums, leak, gain, theta, v_rest, a, parameter,
+    pool, shape, strip, image, lo, hi, C, lut,
+):  # fmt: skip
+    """`_block_backward` of one branch into soft-reset neurons with the arctangent, in two loops.
+
+    Sums run in the dtype of z over `FLUSH` steps and in float64 from there on.
+    """
+    T, n, P, dtype, writing = bits.shape[0], (hi - lo) * C, (C + 7) // 8, g.dtype, abc.size > 0
+    # scales repeated to a width that stays in the first-level cache
+    width = C * max(1, SEGMENT // C)
+    scale_W, shift_W = _repeat(scale[0], width), _repeat(shift[0], width)
+    u_all, s, room = np.empty((T, n), dtype), np.empty(n, dtype), np.empty(n if pool != NO_POOL else 0, dtype)
+    v = block_state(v_0, lo * C, hi * C)
+    for t in range(T):
+        _spread(bits[t, lo * P : hi * P], s, lut, C)
+        z_n, u_n = z[t, lo * C : hi * C], u_all[t]
+        for i in range(0, n, width):
+            end = min(n, i + width)
+            _charge_segment(z_n[i:end], scale_W, shift_W, v[i:end], s[i:end], u_n[i:end], leak, gain, theta, v_rest)
+
+    q = block_state(q_N, lo * C, hi * C)
+    rows_W = [_repeat(abc[k, 0], width) if writing else np.zeros(width, dtype) for k in range(3)]
+    p0, p1, p2 = rows_W[0], rows_W[1], rows_W[2]
+    for t in range(T - 1, -1, -1):
+        z_n, u_n = z[t, lo * C : hi * C], u_all[t]
+        g_n = _outer_gradient(
+            g[t], bits[t, lo * P : hi * P], room, n, pool, strip, image, (hi - lo) // shape[1], shape, lo, C, lut
+        )
+        for i in range(0, n, width):
+            end = min(n, i + width)
+            g_i, u_i, q_i, z_i = g_n[i:end], u_n[i:end], q[i:end], z_n[i:end]
+            if writing:
+                _write_segment(g_i, u_i, q_i, z_i, p0, p1, p2, leak, gain, theta, a, parameter)
+            else:
+                _sum_segment(g_i, u_i, q_i, z_i, p0, p1, leak, gain, theta, a, parameter)
+        if not writing and t % FLUSH == 0:
+            for j in range(width):
+                sums[0, 0, j % C] += p0[j]
+                sums[1, 0, j % C] += p1[j]
+            p0[:], p1[:] = 0, 0
+    if dv_0.size > 0:
+        dv_0[lo * C : hi * C] = q
+
+
+@numba.njit(cache=True, error_model="numpy")
 def _reduce(total, out_KC, C):
     """Add the columns of a block, channel by channel."""
     for k in range(total.shape[0]):
@@ -388,7 +508,7 @@ def _reduce(total, out_KC, C):
 @numba.njit(cache=True, error_model="numpy", parallel=True)
 def _backward(
     g, q_N, zs, scales, shifts, K, extra, spikes, v_0, bits, abc, dx_out, dv_0, sums, sums_3,
-    leak, gain, theta, reset, v_reset, v_rest, a, kind, parameter, pool, shape, blocks, want_3, C, lut,
+    leak, gain, theta, reset, v_reset, v_rest, a, kind, parameter, pool, shape, blocks, want_3, default, C, lut,
 ):  # fmt: skip
     height, width, p, _ = shape
     jobs, M, rows = blocks
@@ -401,6 +521,12 @@ def _backward(
             # a strip: the rows of pixels that one row of windows reads
             lo = (image * height + strip * p) * width
             hi = lo + min(p, height - strip * p) * width
+        if default:
+            _default_backward(
+                g, q_N, zs[0], scales[0], shifts[0], v_0, bits, abc[0], dv_0, sums[job], leak, gain, theta, v_rest, a,
+                parameter, pool, shape, strip, image, lo, hi, C, lut,
+            )  # fmt: skip
+            continue
         _block_backward(
             g, q_N, zs, scales, shifts, K, extra, spikes, v_0, bits, abc, dx_out, dv_0, sums[job], sums_3[job],
             leak, gain, theta, reset, v_reset, v_rest, a, kind, parameter, pool, shape, strip, image, lo, hi,

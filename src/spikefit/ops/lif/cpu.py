@@ -208,7 +208,7 @@ def _rebuild(x, v, u, s, given, leak, gain, theta, reset, v_reset, v_rest, stric
 
 
 @numba.njit(cache=True, error_model="numpy")
-def _atan_slope(u, theta, p):
+def atan_slope(u, theta, p):
     one, half, scale = type(u)(1), type(u)(0.5), type(u)(math.pi / 2) * p
     d = scale * (u - theta)
     return half * p / (one + d * d)
@@ -220,7 +220,7 @@ def fill_slope(u, out, theta, kind, p):
     one, half = u.dtype.type(1), u.dtype.type(0.5)
     if kind == ATAN:
         for i in range(u.size):
-            out[i] = _atan_slope(u[i], theta, p)
+            out[i] = atan_slope(u[i], theta, p)
     elif kind == 1:
         for i in range(u.size):
             out[i] = max(one - abs(u[i] - theta) / p, one - one) / p
@@ -265,7 +265,7 @@ def _adjoint_soft_atan(u_dx, g, q, leak, gain, theta, a, p):
     """`_slope` and `_adjoint` of the default neuron in one loop and in place: dL/dx takes the place of the membrane."""
     for i in range(u_dx.size):
         u = u_dx[i]
-        slope = _atan_slope(u, theta, p)
+        slope = atan_slope(u, theta, p)
         d = to_membrane(g[i], slope, q[i], u, u, theta, SOFT, u, a)
         u_dx[i], q[i] = gain * d, leak * d
 
