@@ -40,7 +40,8 @@ def load_cifar(name: str, root: str | Path | None, split: str, *, download: bool
     if download:
         torchvision_download(name.upper(), root)
     folder = find_folder(name, root, (FOLDERS[name],), "It is the publishers' Python version, unpacked.")
-    images, labels = [], []
+    images: list[np.ndarray] = []
+    labels: list[int] = []
     for file in FILES[name, split]:
         path = find_file(name, folder, file)
         batch = read_batch(path)
@@ -54,8 +55,11 @@ def load_cifar(name: str, root: str | Path | None, split: str, *, download: bool
             raise DataError(
                 f"{name}: {path} must hold 'data' as uint8 [n, 3072], got {_told(pixels)}; unpack the data set again."
             )
-        known = isinstance(classes, list) and all(type(c) is int and 0 <= c < CLASSES[name] for c in classes)
-        if not known or len(classes) != len(pixels):
+        if (
+            not isinstance(classes, list)
+            or len(classes) != len(pixels)
+            or not all(type(c) is int and 0 <= c < CLASSES[name] for c in classes)
+        ):
             raise DataError(
                 f"{name}: {path} must hold {LABELS[name]!r} as a list of {len(pixels)} classes, numbers from 0 to "
                 f"{CLASSES[name] - 1}, got {_told(classes)}; unpack the data set again."
