@@ -137,6 +137,16 @@ def test_steps_without_a_label_count_nowhere(tmp_path):
     assert all(math.isfinite(epoch["train_loss"]) and epoch["train_loss"] > 0 for epoch in alone.history)
 
 
+def test_classes_of_the_training_data_hold_the_test_labels(sensors, tmp_path):
+    content = dict(np.load(tmp_path / "sensors.npz"))
+    content["y_test"][3] = 2
+    np.savez(tmp_path / "sensors.npz", **content)
+    steps = []
+    with pytest.raises(OptionError, match="npz test has labels up to 2 and needs at least 3 classes, got 2"):
+        train({**sensors, "model": {"name": "har_mlp", "hidden": 8}}, on_progress=steps.append)
+    assert not steps
+
+
 def test_clipping_bounds_the_update(small, tmp_path):
     base = {"epochs": "1", "batch": "40", "momentum": "0", "lr": "1", "schedule": "constant"}
     train(small(**{**base, "lr": "1e-9"}), out=tmp_path / "start")

@@ -102,7 +102,9 @@ class CrossEntropyMean(Loss):
 
     Raises:
         OptionError: label_smoothing out of range.
-        ShapeError: logits not [T, B, K], or targets not [B].
+        ShapeError: logits not [T, B, K], targets not [B], or no classes of the logits.
+
+    Source: Deng et al. 2022, arXiv:2202.11946 (there L_SDT).
     """
 
     splits_per_step = False
@@ -124,7 +126,9 @@ class CrossEntropySteps(Loss):
 
     Raises:
         OptionError: label_smoothing out of range.
-        ShapeError: logits not [T, B, K], or targets neither [B] nor [T, B].
+        ShapeError: logits not [T, B, K], targets neither [B] nor [T, B], or no classes of the logits.
+
+    Source: Deng et al. 2022, arXiv:2202.11946 (L_TET without its second term).
     """
 
     splits_per_step = True
@@ -155,7 +159,7 @@ class TET(CrossEntropySteps):
 
     Raises:
         OptionError: mse_weight, mse_target or label_smoothing out of range.
-        ShapeError: logits not [T, B, K], or targets neither [B] nor [T, B].
+        ShapeError: logits not [T, B, K], targets neither [B] nor [T, B], or no classes of the logits.
 
     Source: Deng et al. 2022, arXiv:2202.11946.
     """

@@ -129,6 +129,8 @@ class IF(SpikingNeuron):
 
     Raises:
         OptionError: an option of `SpikingNeuron` out of range.
+
+    Source: Abbott 1999, doi:10.1016/S0361-9230(99)00161-6 (Lapicque's model, without leak).
     """
 
     def __init__(self, **options) -> None:

@@ -27,6 +27,9 @@ class Surrogate:
     Attributes:
         name: a key of `FORMS`.
         parameter: alpha, width or k of the form; > 0.
+
+    Raises:
+        OptionError: an unknown name, or a parameter that is no positive number.
     """
 
     name: str

@@ -66,15 +66,24 @@ def load_split(recipe: Recipe, split: str) -> Dataset:
             f"encoding {recipe.encoding.name}: expected {' or '.join(fitting)} for {dataset.name}, which holds data of "
             f"kind {dataset.kind!r}, got {recipe.encoding.name!r}; {_encoding_hint(dataset)}."
         )
-    top = int(dataset.targets.max())
-    if top == UNLABELLED:
+    if int(dataset.targets.max()) == UNLABELLED:
         raise DataError(f"{dataset.name}: expected at least one label, got only {UNLABELLED}, which means none.")
+    check_classes(recipe, dataset)
+    return dataset
+
+
+def check_classes(recipe: Recipe, dataset: Dataset) -> None:
+    """Check that the classes a recipe writes hold all labels of `dataset`.
+
+    Raises:
+        OptionError: a label is no class of the model.
+    """
+    top = int(dataset.targets.max())
     if recipe.model.num_classes is not None and top >= recipe.model.num_classes:
         raise OptionError(
             f"model.num_classes: {dataset.name} has labels up to {top} and needs at least {top + 1} classes, got "
-            f"{recipe.model.num_classes}; leave it out to take that of the data."
+            f"{recipe.model.num_classes}; leave it out to take the classes of the training data, or give {top + 1}."
         )
-    return dataset
 
 
 def _encoding_hint(dataset: Dataset) -> str:

@@ -27,6 +27,7 @@ from spikefit.training.build import (
     build_loss,
     build_model,
     build_optimizer,
+    check_classes,
     derive_seed,
     has_batch_statistics,
     written_out,
@@ -67,6 +68,8 @@ class Run:
         self.recipe, self.data, self.fabric = written_out(recipe, data.train), data, fabric
         self.out = None if out is None else Path(out)
         self.listeners = listeners
+        # classes that follow from the training data have to do for the test data too
+        check_classes(self.recipe, data.test)
         self.augmentation = build_augmentation(recipe, data.train)
         self.encoding, self.loss = build_encoding(recipe), build_loss(recipe)
         self.model = build_model(self.recipe, data.train)
