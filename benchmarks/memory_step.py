@@ -211,7 +211,7 @@ def run_depth(strategies: list[str], *, processes: int) -> dict[str, Any]:
                     strategy=strategy,
                     timesteps=8,
                     batch=8,
-                    encoding="none",
+                    encoding="sequence",
                 )
                 values[k] = [measured_peak_bytes(target) for _ in range(processes)]
         except SpikefitError as error:

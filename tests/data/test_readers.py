@@ -65,6 +65,17 @@ def damage(path, change):
             lambda b: gzip.compress(idx(np.full(7, 12, np.uint8))),
             "labels must lie in 0..9",
         ),
+        (
+            "train-labels-idx1-ubyte.gz",
+            lambda b: gzip.compress(idx(np.zeros((7, 28, 28), np.uint8))),
+            "labels-idx1-ubyte.gz must hold an array of 1 axes, got one of 3",
+        ),
+        ("train-images-idx3-ubyte.gz", lambda b: gzip.compress(idx(np.zeros(7, np.uint8))), "3 axes, got one of 1"),
+        (
+            "train-images-idx3-ubyte.gz",
+            lambda b: gzip.compress(b"\x00\x00\x08\x03" + struct.pack(">3i", -1, -4, 1) + b"    "),
+            "bytes for sizes",
+        ),
     ],
 )
 def test_damaged_idx(mnist, file, change, message):
@@ -109,6 +120,13 @@ class Harm:
         return os.system, ("touch harmed",)
 
 
+# An array of 12 values whose dtype is one of 8 bytes by its state; numpy's own loading believes such a state.
+CRAFTED_DTYPE = (
+    b"\x80\x02}U\x04datacnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01btR"
+    b"(K\x01K\x0c\x85cnumpy\ndtype\nU\x02u1\x85R(K\x03U\x01|NNNK\x08K\x08K\x3ftb\x89U\x08abcdefghtbs."
+)
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
@@ -118,10 +136,16 @@ class Harm:
             "which a CIFAR batch never needs|Python objects",
         ),
         (pickle.dumps({"data": np.array([{}], dtype=object)}, protocol=2), "Python objects"),
+        (b"\x80\x02}U\x04datacnumpy\nndarray\n(J\x00\x00\x00\x40\x85tRs.", "is damaged.*not callable"),
+        (b"\x80\x02}U\x04datacnumpy\nndarray\nK\x05\x85\x81s.", "is damaged.*must be a type"),
+        (CRAFTED_DTYPE, "is damaged.*buffer is smaller|is damaged.*cannot reshape"),
         (pickle.dumps([1, 2]), "must hold a dictionary"),
         (python2_batch(np.zeros((2, 3072), np.uint8), [0, 1])[:-40], "is damaged"),
         (python2_batch(np.zeros((2, 3071), np.uint8), [0, 1]), r"'data' as uint8 \[n, 3072\]"),
+        (python2_batch(np.zeros((2, 3072), np.int8), [0, 1]), "data_batch_3 must hold 'data'.* got int8"),
         (python2_batch(np.zeros((2, 3072), np.uint8), [0]), "a list of 2 classes"),
+        (python2_batch(np.zeros((2, 3072), np.uint8), [0, "cat"]), "numbers from 0 to 9, got a list of 2"),
+        (python2_batch(np.zeros((2, 3072), np.uint8), [0, 10]), "numbers from 0 to 9, got a list of 2"),
         (b"", "is damaged"),
     ],
 )
@@ -131,6 +155,13 @@ def test_unsafe_or_damaged_cifar(cifar, tmp_path, monkeypatch, raw, message):
     with pytest.raises(DataError, match=message):
         load_dataset("cifar10", cifar)
     assert not (tmp_path / "harmed").exists()
+
+
+def test_cifar_without_names(cifar):
+    for content in ({}, {"label_names": ["one"]}, {"label_names": 3}):
+        (cifar / "cifar-10-batches-py" / "batches.meta").write_bytes(pickle.dumps(content))
+        with pytest.raises(DataError, match=r"batches\.meta must hold 'label_names' as a list of 10 names"):
+            load_dataset("cifar10", cifar)
 
 
 @pytest.fixture
@@ -160,6 +191,7 @@ def test_uci_har(har):
     [
         (lambda t: t[:-30], "uneven"),
         (lambda t: t.replace("5.0", "x.0", 1), "numbers only"),
+        (lambda t: t.replace("5.0000000e-01", "nan", 1), "finite numbers"),
         (lambda t: "", "is empty"),
         (lambda t: "\n".join(t.split("\n")[:2]) + "\n", "differ in size"),
     ],
@@ -167,6 +199,31 @@ def test_uci_har(har):
 def test_damaged_uci_har(har, change, message):
     path = har / "UCI HAR Dataset" / "train" / "Inertial Signals" / "body_acc_x_train.txt"
     path.write_text(change(path.read_text()))
+    with pytest.raises(DataError, match=message):
+        load_dataset("uci_har", har)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("train/y_train.txt", "1\n2\n1.5\n", r"y_train\.txt must hold whole numbers from 1 on"),
+        ("train/y_train.txt", "0\n1\n2\n", "whole numbers from 1 on, got 0"),
+        ("train/y_train.txt", "1 2\n1 2\n1 2\n", "rows of 1, got rows of 2"),
+        ("train/y_train.txt", "1\n2\n", "3 samples but 2 labels"),
+        ("train/y_train.txt", "1\n2\n4\n", r"labels must lie in 0\.\.2, got 0\.\.3"),
+        ("train/y_train.txt", b"\xff\xfe\n", "must be a text file"),
+        ("activity_labels.txt", "1\n2 SITTING\n", "rows '<number> <name>'"),
+        ("activity_labels.txt", "", "activity_labels.txt must hold rows"),
+        ("activity_labels.txt", None, "expected the file activity_labels.txt"),
+        ("train/y_train.txt", None, "expected the file y_train.txt"),
+    ],
+)
+def test_malformed_labels_of_uci_har(har, file, content, message):
+    path = har / "UCI HAR Dataset" / file
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=message):
         load_dataset("uci_har", har)
 
@@ -198,6 +255,30 @@ def test_hapt(hapt):
         load_dataset("hapt", hapt, length=0)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("RawData/labels.txt", "1 1 2 6\n", r"labels\.txt must hold rows of 5, got rows of 4"),
+        ("RawData/labels.txt", "1 1 3 6 15\n", r"activities 1\.\.2 .*got 3"),
+        ("RawData/labels.txt", "1 1 2 15 6\n", "in this order"),
+        ("RawData/labels.txt", "1 1 2 0 15\n", "whole numbers from 1 on, got 0"),
+        ("RawData/labels.txt", None, "expected the file labels.txt"),
+        ("RawData/acc_expA_user01.txt", "1 2 3\n", "expected files acc_exp<number>_user<number>.txt"),
+        ("RawData/gyro_exp01_user01.txt", "1 2 3\n", r"must both be \[steps, 3\]"),
+        ("RawData/gyro_exp01_user01.txt", None, "expected the file gyro_exp01_user01.txt"),
+        ("activity_labels.txt", "WALKING\n", "rows '<number> <name>'"),
+    ],
+)
+def test_malformed_hapt(hapt, file, content, message):
+    path = hapt / "HAPT Data Set" / file
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        load_dataset("hapt", hapt, length=10)
+
+
 def test_nmnist(tmp_path):
     folder = tmp_path / "NMNIST" / "Train" / "7"
     folder.mkdir(parents=True)
@@ -211,6 +292,12 @@ def test_nmnist(tmp_path):
     assert [tuple(int(e[k]) for k in ("x", "y", "p", "t")) for e in sample] == events[:2]
     (folder / "00002.bin").write_bytes(raw[:-2])
     with pytest.raises(DataError, match="events of 5 bytes, got 13 bytes"):
+        load_dataset("nmnist", tmp_path)
+    (folder / "00002.bin").write_bytes(b"")
+    with pytest.raises(DataError, match=r"00002\.bin must hold events of 5 bytes, got an empty file"):
+        load_dataset("nmnist", tmp_path)
+    (folder / "00002.bin").write_bytes(bytes([3, 34, 0, 0, 0]))
+    with pytest.raises(DataError, match=r"00002\.bin must hold events on 34x34 pixels, got x up to 3 and y up to 34"):
         load_dataset("nmnist", tmp_path)
     with pytest.raises(DataError, match="found none"):
         load_dataset("nmnist", tmp_path, "test")
@@ -239,10 +326,20 @@ def test_npz(tmp_path):
         ({"x_train": np.zeros((2, 3)), "y_train": np.zeros(2, int)}, r"float \[n, T, C\]"),
         ({"x_train": np.zeros((3, 3, 1)), "y_train": np.zeros(2, int)}, "3 samples but 2 labels"),
         ({"x_train": np.array([{}, {}]), "y_train": np.zeros(2, int)}, "plain arrays"),
+        ({"x_train": np.zeros((2, 3, 1)), "y_train": np.zeros((2, 4), int)}, r"\[n, T\] = \[2, 3\].*got \[2, 4\]"),
+        ({"x_train": np.zeros((2, 3, 1)), "y_train": np.array(1)}, r"must be \[n\] or \[n, T\], got \[\]"),
+        ({"x_train": np.full((2, 1, 3, 3), "a"), "y_train": np.zeros(2, int)}, "finite numbers, got <U1"),
+        ({"x_train": np.zeros((2, 3, 1), complex), "y_train": np.zeros(2, int)}, "finite numbers, got complex128"),
+        ({"x_train": np.full((2, 3, 1), np.nan), "y_train": np.zeros(2, int)}, "finite numbers, got nan or inf"),
+        ({"x_train": np.zeros((2, 3), np.uint8), "y_train": np.zeros(2, int)}, r"images \[n, H, W\]"),
+        ({"x_train": np.zeros((2, 3, 1)), "y_train": np.zeros(2, int), "classes": "a"}, "must be a list of names"),
     ]:
         np.savez(tmp_path / "bad.npz", **content)
         with pytest.raises(DataError, match=message):
             load_dataset("npz", tmp_path, file="bad.npz")
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    with pytest.raises(DataError, match=r"arrays by name, got one array; write it with np\.savez"):
+        load_dataset("npz", tmp_path, file="one.npy")
     (tmp_path / "bad.npz").write_bytes((tmp_path / "own.npz").read_bytes()[:100])
     with pytest.raises(DataError, match="plain arrays"):
         load_dataset("npz", tmp_path, file="bad.npz")

@@ -70,9 +70,9 @@ def test_by_name():
     drawn = create_encoding("rate", timesteps=3)
     x = torch.rand(2, 4)
     assert torch.equal(drawn(x, torch.Generator().manual_seed(1)), drawn(x, torch.Generator().manual_seed(1)))
-    assert create_encoding("none").timesteps is None
-    assert create_encoding("none")(torch.rand(2, 5, 3)).shape == (5, 2, 3)
-    assert set(ENCODINGS) == {"repeat", "rate", "latency", "event_frames", "none"}
+    assert create_encoding("sequence").timesteps is None
+    assert create_encoding("sequence")(torch.rand(2, 5, 3)).shape == (5, 2, 3)
+    assert set(ENCODINGS) == {"repeat", "rate", "latency", "event_frames", "sequence"}
 
 
 @pytest.mark.parametrize(
@@ -85,12 +85,33 @@ def test_by_name():
         (lambda: latency(torch.tensor([[-0.5]]), 2), OptionError, r"\[0, 1\]"),
         (lambda: sequence(torch.rand(2, 3)), ShapeError, "encoding.repeat"),
         (lambda: event_frames([], 2, height=3, width=3, by="size"), OptionError, "'time' or 'count'"),
+        (lambda: repeat([np.zeros(3)], 2), ShapeError, "got list; event recordings need encoding.event_frames"),
+        (lambda: rate([1.0], 2), ShapeError, "expected a tensor"),
+        (lambda: latency([1.0], 2), ShapeError, "expected a tensor"),
+        (lambda: sequence([np.zeros(3)]), ShapeError, "expected a tensor"),
+        (lambda: event_frames(torch.rand(2, 1, 3, 3), 2, height=3, width=3), ShapeError, "images need encoding.repeat"),
+        (lambda: event_frames([np.zeros(3)], 2, height=3, width=3), ShapeError, "fields t, x, y, p .* float64"),
+        (lambda: event_frames([[1, 2]], 2, height=3, width=3), ShapeError, "fields t, x, y, p .* got list"),
+        (lambda: event_frames([events((0, 0, 0, 2))], 2, height=3, width=3), ShapeError, "polarities p of 0 and 1"),
+        (
+            lambda: event_frames([events((5, 0, 0, 0), (0, 0, 0, 0))], 2, height=3, width=3),
+            ShapeError,
+            "ascending order",
+        ),
+        (lambda: event_frames([], 2, height=0, width=3), OptionError, "height must be a whole number of at least 1"),
+        (lambda: create_encoding("event_frames", timesteps=2), OptionError, "height is missing; .* 34 for N-MNIST"),
+        (lambda: create_encoding("event_frames", timesteps=2, height=3), OptionError, "width is missing"),
+        (
+            lambda: create_encoding("event_frames", timesteps=2, height=3, width=-3),
+            OptionError,
+            "width must be a whole number of at least 1 pixel, got -3",
+        ),
         (lambda: event_frames([], 2, height=3, width=3, pad_to=2), OptionError, "smaller than the sensor"),
         (lambda: event_frames([events((0, 5, 0, 0))], 2, height=3, width=3), ShapeError, "x up to 5"),
         (lambda: create_encoding("repat", timesteps=2), OptionError, "Did you mean repeat"),
         (lambda: create_encoding("repeat"), OptionError, "timesteps is missing"),
         (lambda: create_encoding("repeat", timesteps=0), OptionError, "at least 1"),
-        (lambda: create_encoding("none", timesteps=4), OptionError, "that of the data"),
+        (lambda: create_encoding("sequence", timesteps=4), OptionError, "that of the data"),
         (lambda: create_encoding("repeat", timesteps=4, steps=2), OptionError, "unknown option 'steps'"),
     ],
 )

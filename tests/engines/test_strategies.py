@@ -94,5 +94,8 @@ def test_names():
     ]:
         with pytest.raises(StrategyError, match=message):
             parse_strategy(text)
+    for wrong in (None, 3):
+        with pytest.raises(StrategyError, match=f"expected a text .* got {wrong}"):
+            use_strategy(create_model("mlp", hidden=[4]), wrong)
     with pytest.raises(StrategyError, match="name = "):
         parse_strategy({"every": 2})

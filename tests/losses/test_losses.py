@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from spikefit.errors import OptionError, ShapeError
-from spikefit.losses import LOSSES, create_loss
+from spikefit.losses import LOSSES, create_loss, labels_per_step
 
 T, B, K = 5, 4, 3
 
@@ -63,6 +63,33 @@ def test_smoothing_and_missing_labels():
     torch.testing.assert_close(create_loss("ce_steps")(o, per_step), wanted)
 
 
+@pytest.mark.parametrize("name", ["ce_steps", "tet"])
+def test_shares_of_unevenly_labelled_steps_make_the_whole(name):
+    o, _ = sample()
+    targets = torch.tensor([[0, 2, 1, 1], [-1, -1, -1, -1], [0, -1, -1, -1], [2, 1, -1, -1], [1, 1, 0, -1]])
+    loss, labels = create_loss(name), labels_per_step(targets)
+    assert float(labels) == 2.0
+    shares = torch.stack([loss.step(o_t, y_t, labels=labels) for o_t, y_t in zip(o, targets, strict=True)])
+    torch.testing.assert_close(shares.mean(), loss(o, targets))
+    # the shares alone weigh every step alike, however few labels it has
+    alone = torch.stack([loss.step(o_t, y_t) for o_t, y_t in zip(o, targets, strict=True)])
+    assert abs(float((alone.mean() - loss(o, targets)).detach())) > 1e-2
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_without_any_label_the_loss_is_zero(name, label_smoothing):
+    o, y = sample()
+    options = {} if name == "rate_mse" else {"label_smoothing": label_smoothing}
+    if name == "tet":
+        options["mse_weight"] = 0.0
+    loss = create_loss(name, **options)
+    for targets in [torch.full_like(y, -1), *([torch.full((T, B), -1)] if loss.splits_per_step else [])]:
+        value = loss(o, targets)
+        assert float(value.detach()) == 0
+        assert torch.equal(torch.autograd.grad(value, o)[0], torch.zeros_like(o))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -74,6 +101,9 @@ def test_smoothing_and_missing_labels():
         (lambda o, y: create_loss("ce_mean", smoothing=0.1), OptionError, "unknown option 'smoothing'"),
         (lambda o, y: create_loss("ce_mean", label_smoothing=1.0), OptionError, r"\[0, 1\)"),
         (lambda o, y: create_loss("tet", mse_weight=2.0), OptionError, r"\[0, 1\]"),
+        (lambda o, y: create_loss("tet", mse_target=float("nan")), OptionError, "finite number, got nan"),
+        (lambda o, y: create_loss("ce_mean")(o, y + 1), ShapeError, r"0\.\.2 as targets .* got 1\.\.3"),
+        (lambda o, y: create_loss("tet")(o, y - 2), ShapeError, r"0\.\.2 as targets .* got -2\.\.0"),
     ],
 )
 def test_refuses(call, error, message):

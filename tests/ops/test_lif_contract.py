@@ -120,6 +120,12 @@ def test_inputs_and_gradients_are_left_alone(backend):
         assert torch.equal(now, then)
 
 
+def test_a_surrogate_may_be_a_text():
+    x = dyadic(3, 2, 5).requires_grad_()
+    first, second = (torch.autograd.grad(lif(x, surrogate=s)[0].sum(), x)[0] for s in (atan(3), "atan(3)"))
+    assert torch.equal(first, second)
+
+
 def test_works_inside_activation_checkpointing():
     x = dyadic(4, 2, 40).requires_grad_()
     wanted = torch.autograd.grad(lif(x)[0].square().sum(), x)
@@ -158,6 +164,20 @@ X, V = torch.zeros(4, 2, 3), torch.zeros(2, 3)
         ),
         (lambda: lif(X, leak=torch.full((3,), 0.5)), ShapeError, r"numbers or 0-d tensors, got a tensor \(3,\)"),
         (lambda: lif(X, leak=torch.tensor(1.5), backend="numba"), OptionError, r"leak must lie in \[0, 1\].* got 1.5"),
+        (lambda: lif(X, leak=torch.tensor(1.5), backend="reference"), OptionError, r"leak must lie in \[0, 1\]"),
+        (
+            lambda: lif(X, v_threshold=torch.tensor(-1.0), backend="reference"),
+            OptionError,
+            "v_threshold must be .* > 0",
+        ),
+        (
+            lambda: lif_backward(X, None, X, leak=torch.tensor(2.0), backend="reference"),
+            OptionError,
+            "leak must lie in",
+        ),
+        (lambda: lif(X, v_reset="soft"), OptionError, r"None, got 'soft'\. For a soft reset, write v_reset=None"),
+        (lambda: lif(X, surrogate="atn(2)"), OptionError, "did you mean atan"),
+        (lambda: lif(X, surrogate=2), OptionError, "expected a Surrogate or a text .* got 2"),
         (lambda: lif_backward(X[:2], None, X), ShapeError, r"g must have the shape of x, \(4, 2, 3\), got \(2, 2, 3\)"),
         (
             lambda: lif_backward(X, None, X, None, X[:1]),

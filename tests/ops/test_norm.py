@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from spikefit.errors import BackendError, ShapeError
-from spikefit.ops.norm import affine, channel_norm
+from spikefit.errors import BackendError, OptionError, ShapeError
+from spikefit.layers.norm import BatchNorm
+from spikefit.ops.dispatch import use_backend
+from spikefit.ops.norm import affine, channel_norm, moments
 
 SHAPES = [(5, 3, 7), (5, 3, 7, 9), (5, 3, 7, 4, 6), (1, 2, 1, 3, 3)]
 
@@ -92,6 +94,33 @@ def test_large_mean_does_not_cancel():
     wanted = z.double().var((0, 1, 3, 4), correction=0)
     torch.testing.assert_close(moments.var[0].double(), wanted, rtol=1e-6, atol=0)
     assert abs(float(x.mean())) < 1e-3
+
+
+@pytest.mark.parametrize("per_step", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "numba"])
+def test_large_mean_keeps_the_variance_of_float64(backend, per_step):
+    z = sequence((4, 8, 3, 16, 16), torch.float64) + 1000
+    mean, var = moments(z, per_step=per_step, backend=backend)
+    axes = (1, 3, 4) if per_step else (0, 1, 3, 4)
+    wanted = z.var(axes, correction=0)
+    torch.testing.assert_close(var if per_step else var[0], wanted, rtol=1e-13, atol=0)
+    torch.testing.assert_close(mean if per_step else mean[0], z.mean(axes), rtol=1e-14, atol=0)
+
+
+def test_a_backend_asked_for_by_name_runs_or_says_why():
+    z, weight = torch.rand(2, 3, 5), torch.ones(5)
+    for call in (
+        lambda: channel_norm(z, weight, weight, backend="triton"),
+        lambda: affine(z, weight, weight, backend="triton"),
+        lambda: BatchNorm(5, backend="triton")(z),
+    ):
+        with pytest.raises(BackendError, match="channel normalisation has no Triton kernel"):
+            call()
+    with pytest.raises(OptionError, match="backend: expected one of auto, reference, numba, triton, got 'foo'"):
+        BatchNorm(5, backend="foo")
+    # the wish for a whole model leaves norms to torch
+    with use_backend("triton"):
+        assert torch.equal(BatchNorm(5)(z), BatchNorm(5, backend="reference")(z))
 
 
 def test_refuses():

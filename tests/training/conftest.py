@@ -52,4 +52,4 @@ def sensors(tmp_path):
         content[f"y_{split}"] = y
     np.savez(tmp_path / "sensors.npz", **content)
     data = {"name": "npz", "root": str(tmp_path), "file": "sensors.npz", "batch_size": 8}
-    return {"data": data, "encoding": {"name": "none"}, "train": {"epochs": 2, "lr": 0.01}}
+    return {"data": data, "encoding": {"name": "sequence"}, "train": {"epochs": 2, "lr": 0.01}}

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -67,6 +68,36 @@ def test_own_factory(small):
             build_model(wrong)
     with pytest.raises(StrategyError, match="contains no SpikingNetwork"):
         build_model(load_recipe({"model": f"{__name__}:no_network"}))
+
+
+def test_encoding_and_data_fit(small, sensors, tmp_path):
+    har = load_recipe({**sensors, "model": "har_conv", "encoding": {"name": "repeat", "timesteps": 8}})
+    with pytest.raises(OptionError, match=r"expected sequence for npz train.*got 'repeat'; encoding=sequence"):
+        build_data(har)
+    with pytest.raises(OptionError, match=r"expected repeat or rate or latency .*give encoding=repeat timesteps=8"):
+        build_data(small(encoding="sequence"))
+    folder = tmp_path / "NMNIST" / "Train" / "3"
+    folder.mkdir(parents=True)
+    (folder / "1.bin").write_bytes(bytes([3, 4, 0, 0, 5]))
+    events = {"model": "vgg6", "data": {"name": "nmnist", "root": str(tmp_path)}}
+    with pytest.raises(OptionError, match="give encoding=event_frames timesteps=10 height=34 width=34"):
+        build_data(load_recipe(events))
+    with pytest.raises(RecipeError, match="height is missing"):
+        load_recipe({**events, "encoding": {"name": "event_frames", "timesteps": 4}})
+
+
+def test_classes_hold_the_labels(small):
+    assert len(build_data(small(classes="11")).train) == 40
+    with pytest.raises(OptionError, match="labels up to 9 and needs at least 10 classes, got 7; leave it out"):
+        build_data(small(classes="7"))
+
+
+def test_data_without_any_label(small, tmp_path):
+    x, y = np.zeros((3, 4, 2), np.float32), np.full((3, 4), -1)
+    np.savez(tmp_path / "none.npz", x_train=x, y_train=y, x_test=x, y_test=y, classes=["a", "b"])
+    data = {"name": "npz", "root": str(tmp_path), "file": "none.npz"}
+    with pytest.raises(DataError, match="npz train: expected at least one label"):
+        build_data(load_recipe({"model": "har_mlp", "data": data, "encoding": "sequence"}))
 
 
 def test_data_and_augmentation(small):

@@ -110,6 +110,43 @@ def test_accumulation_equals_a_larger_batch(small, tmp_path):
     assert start.steps == 2
 
 
+def test_steps_without_a_label_count_nowhere(tmp_path):
+    # batches of 4 with 8, 1 and 0 labels; together they weigh as one batch of 12
+    random = np.random.default_rng(0)
+    y = np.full((12, 5), -1)
+    y[:4, :2], y[4, 0] = 1, 0
+    arrays = {f"x_{s}": random.standard_normal((12, 5, 3)).astype(np.float32) for s in ("train", "test")}
+    np.savez(tmp_path / "part.npz", **arrays, y_train=y, y_test=y, classes=["a", "b"])
+    recipe = load_recipe(
+        {
+            "data": {"name": "npz", "root": str(tmp_path), "file": "part.npz"},
+            "encoding": "sequence",
+            "model": {"name": "har_mlp", "hidden": 4, "layers": 1},
+            "norm": "none",
+            "loss": "ce_steps",
+            "train": {"optimizer": "sgd", "lr": 0.5, "epochs": 1, "schedule": "constant"},
+        }
+    )
+    whole = train(recipe.override({"batch": 12}), out=tmp_path / "whole")
+    parts = train(recipe.override({"batch": 4, "accumulate": 3}), out=tmp_path / "parts")
+    assert parts.history[0]["train_loss"] == pytest.approx(whole.history[0]["train_loss"], rel=1e-5)
+    for key, tensor in weights(tmp_path / "whole").items():
+        torch.testing.assert_close(weights(tmp_path / "parts")[key], tensor, rtol=1e-4, atol=1e-6)
+    # shuffled batches of one sample: most have no label at all
+    alone = train(recipe.override({"batch": 1, "epochs": 2}))
+    assert all(math.isfinite(epoch["train_loss"]) and epoch["train_loss"] > 0 for epoch in alone.history)
+
+
+def test_classes_of_the_training_data_hold_the_test_labels(sensors, tmp_path):
+    content = dict(np.load(tmp_path / "sensors.npz"))
+    content["y_test"][3] = 2
+    np.savez(tmp_path / "sensors.npz", **content)
+    steps = []
+    with pytest.raises(OptionError, match="npz test has labels up to 2 and needs at least 3 classes, got 2"):
+        train({**sensors, "model": {"name": "har_mlp", "hidden": 8}}, on_progress=steps.append)
+    assert not steps
+
+
 def test_clipping_bounds_the_update(small, tmp_path):
     base = {"epochs": "1", "batch": "40", "momentum": "0", "lr": "1", "schedule": "constant"}
     train(small(**{**base, "lr": "1e-9"}), out=tmp_path / "start")
@@ -165,13 +202,12 @@ def test_sequences(tmp_path, sensors, model):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, sensors):
-    content = dict(np.load(tmp_path / "sensors.npz"))
-    content["x_train"][11] = np.nan
-    np.savez(tmp_path / "sensors.npz", **content)
-    recipe = load_recipe({**sensors, "model": {"name": "har_mlp", "hidden": 8}, "norm": "none"})
+    # so small that the scaled inputs are inf
+    data = {**sensors["data"], "std": [1e-45] * 3}
+    recipe = load_recipe({**sensors, "data": data, "model": {"name": "har_mlp", "hidden": 8}, "norm": "none"})
     out = tmp_path / "run"
     with pytest.raises(
-        TrainingError, match=r"finite .*, got nan in epoch 1, batch \d of 5; try a smaller train\.lr"
+        TrainingError, match=r"finite .*, got (nan|inf) in epoch 1, batch \d of 5; try a smaller train\.lr"
     ) as error:
         train(recipe, out=out)
     assert "\n" not in str(error.value)

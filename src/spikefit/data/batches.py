@@ -61,7 +61,11 @@ def batches(
 
 
 def count_batches(dataset: Dataset, batch_size: int, *, drop_last: bool = False) -> int:
-    """Number of batches of an epoch, at least 1."""
+    """Number of batches of an epoch, at least 1.
+
+    Raises:
+        OptionError: batch_size below 1, or larger than the data set with drop_last.
+    """
     if batch_size < 1:
         raise OptionError(f"{dataset.name}: batch_size must be at least 1, got {batch_size}.")
     total = len(dataset) // batch_size if drop_last else -(-len(dataset) // batch_size)

@@ -7,7 +7,7 @@ import io
 import pickle
 import warnings
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,14 +26,22 @@ FILES = {
 }
 META = {"cifar10": ("batches.meta", "label_names"), "cifar100": ("meta", "fine_label_names")}
 LABELS = {"cifar10": "labels", "cifar100": "fine_labels"}
+CLASSES = {"cifar10": 10, "cifar100": 100}
 
 
 def load_cifar(name: str, root: str | Path | None, split: str, *, download: bool = False) -> Dataset:
-    """CIFAR-10 or CIFAR-100: images uint8 [n, 3, 32, 32]."""
+    """CIFAR-10 or CIFAR-100: images uint8 [n, 3, 32, 32].
+
+    Raises:
+        DataError: a file is missing, damaged or unsafe, or does not hold images and classes; or it cannot be fetched.
+
+    Source: Krizhevsky 2009, "Learning multiple layers of features from tiny images".
+    """
     if download:
         torchvision_download(name.upper(), root)
     folder = find_folder(name, root, (FOLDERS[name],), "It is the publishers' Python version, unpacked.")
-    images, labels = [], []
+    images: list[np.ndarray] = []
+    labels: list[int] = []
     for file in FILES[name, split]:
         path = find_file(name, folder, file)
         batch = read_batch(path)
@@ -44,20 +52,45 @@ def load_cifar(name: str, root: str | Path | None, split: str, *, download: bool
             or pixels.ndim != 2
             or pixels.shape[1] != 3072
         ):
-            raise DataError(f"{name}: {path} must hold 'data' as uint8 [n, 3072]; unpack the data set again.")
-        if not isinstance(classes, list) or len(classes) != len(pixels):
-            raise DataError(f"{name}: {path} must hold {LABELS[name]!r} as a list of {len(pixels)} classes.")
+            raise DataError(
+                f"{name}: {path} must hold 'data' as uint8 [n, 3072], got {_told(pixels)}; unpack the data set again."
+            )
+        if (
+            not isinstance(classes, list)
+            or len(classes) != len(pixels)
+            or not all(type(c) is int and 0 <= c < CLASSES[name] for c in classes)
+        ):
+            raise DataError(
+                f"{name}: {path} must hold {LABELS[name]!r} as a list of {len(pixels)} classes, numbers from 0 to "
+                f"{CLASSES[name] - 1}, got {_told(classes)}; unpack the data set again."
+            )
         images.append(pixels)
         labels += classes
     file, key = META[name]
+    path = find_file(name, folder, file)
+    names = read_batch(path).get(key)
+    if not isinstance(names, list) or len(names) != CLASSES[name]:
+        raise DataError(
+            f"{name}: {path} must hold {key!r} as a list of {CLASSES[name]} names, got {_told(names)}; "
+            "unpack the data set again."
+        )
     return Dataset(
         name=f"{name} {split}",
         inputs=torch.from_numpy(np.concatenate(images).reshape(-1, 3, 32, 32)),
         targets=torch.tensor(labels, dtype=torch.int64),
-        classes=[str(c) for c in read_batch(find_file(name, folder, file)).get(key, [])],
+        classes=[str(c) for c in names],
         kind="image",
         shape=(3, 32, 32),
     )
+
+
+def _told(value: Any) -> str:
+    """What came instead, for messages."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {list(value.shape)}"
+    if isinstance(value, list):
+        return f"a list of {len(value)}, {value[:3]}"[:80]
+    return "nothing" if value is None else type(value).__name__
 
 
 def read_batch(path: Path) -> dict[str, Any]:
@@ -77,48 +110,78 @@ def read_batch(path: Path) -> dict[str, Any]:
         raise DataError(f"cifar: {path} is damaged ({type(error).__name__}: {error}); unpack it again.") from None
     if not isinstance(content, dict):
         raise DataError(f"cifar: {path} must hold a dictionary, got {type(content).__name__}.")
-    return {k.decode("latin1") if isinstance(k, bytes) else str(k): v for k, v in content.items()}
+    return {
+        k.decode("latin1") if isinstance(k, bytes) else str(k): v.values if isinstance(v, _PlainArray) else v
+        for k, v in content.items()
+    }
 
 
-def _empty_array(cls: Any, shape: Any, kind: Any) -> np.ndarray:
-    """Stands for numpy's own reconstruction, which fills the array from the state that follows."""
-    if cls is not np.ndarray:
-        raise DataError("cifar: an array of a foreign class; expected plain arrays.")
-    return np.ndarray.__new__(np.ndarray, (0,), np.uint8)
+class _PlainDtype:
+    """Stands for a dtype of numbers; the state that follows tells its byte order."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.dtype = np.dtype(*arguments)
+        if self.dtype.kind not in "biuf":
+            raise DataError("cifar: an array of Python objects or texts; expected plain arrays of numbers.")
+
+    def __setstate__(self, state: Any) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
 
 
-def _plain_dtype(*arguments: Any) -> np.dtype:
-    dtype = np.dtype(*arguments)
-    if dtype.hasobject:
-        raise DataError("cifar: an array of Python objects; expected plain arrays of numbers.")
-    return dtype
+class _PlainArray:
+    """Stands for an array: its values are read from the state that follows, and numpy's own loading never runs.
+
+    numpy trusts the state of a pickled array or dtype, and a crafted one lets it read memory that is not there.
+    """
+
+    values: np.ndarray | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, column_major, raw = state
+        raw = raw.encode("latin1") if isinstance(raw, str) else raw
+        if not isinstance(dtype, _PlainDtype) or not isinstance(raw, bytes):
+            raise DataError("cifar: an array of Python objects; expected plain arrays of numbers.")
+        # a copy, because a view of bytes cannot be written to
+        values = np.frombuffer(raw, dtype.dtype).copy()
+        self.values = values.reshape(shape, order="F" if column_major else "C")
 
 
-def _latin1(text: Any, encoding: Any = "latin1") -> bytes:
-    """How protocol 2 writes bytes."""
-    if not isinstance(text, str) or encoding != "latin1":
-        raise DataError("cifar: unexpected text encoding; expected latin1.")
-    return text.encode("latin1")
+# What stands for numpy.ndarray in a file: a name that nothing can call.
+_ARRAY_CLASS = "numpy.ndarray"
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Accepts numpy arrays of numbers, and what pickle builds without any import."""
-
-    allowed: ClassVar[dict[tuple[str, str], Any]] = {
-        ("numpy.core.multiarray", "_reconstruct"): _empty_array,
-        ("numpy._core.multiarray", "_reconstruct"): _empty_array,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): _plain_dtype,
-        ("_codecs", "encode"): _latin1,
-    }
+    """Accepts arrays of numbers, and what pickle builds without any import."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.allowed:
+        # methods and a text, because a file could change the attributes of a class or a function
+        allowed = {
+            ("numpy.core.multiarray", "_reconstruct"): self._array,
+            ("numpy._core.multiarray", "_reconstruct"): self._array,
+            ("numpy", "ndarray"): _ARRAY_CLASS,
+            ("numpy", "dtype"): self._dtype,
+            ("_codecs", "encode"): self._latin1,
+        }
+        if (module, name) not in allowed:
             raise DataError(
                 f"cifar: the file asks for {module}.{name}, which a CIFAR batch never needs; it was not run. "
                 "Fetch the file from its publisher"
             )
-        return self.allowed[module, name]
+        return allowed[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
         raise DataError("cifar: the file refers to something outside itself; fetch it from its publisher")
+
+    def _array(self, cls: Any, shape: Any, kind: Any) -> _PlainArray:
+        if cls != _ARRAY_CLASS:
+            raise DataError("cifar: an array of a foreign class; expected plain arrays.")
+        return _PlainArray()
+
+    def _dtype(self, *arguments: Any) -> _PlainDtype:
+        return _PlainDtype(*arguments)
+
+    def _latin1(self, text: Any, encoding: Any = "latin1") -> bytes:
+        """How protocol 2 writes bytes."""
+        if not isinstance(text, str) or encoding != "latin1":
+            raise DataError("cifar: unexpected text encoding; expected latin1.")
+        return text.encode("latin1")

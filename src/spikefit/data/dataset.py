@@ -28,6 +28,9 @@ class Dataset:
         note: what must be said beside any number on these data.
         mean, std: per channel, applied by `batch` after scaling images to [0, 1]; None for none.
         decode: makes one uint8 image [C, H, W] of an entry of `inputs`, where that is needed.
+
+    Raises:
+        DataError: no sample, another number of labels than samples, or a label that is no class.
     """
 
     name: str
@@ -58,7 +61,12 @@ class Dataset:
         return len(self.inputs)
 
     def batch(self, indices: Sequence[int] | Tensor) -> tuple[Any, Tensor]:
-        """Samples and targets of `indices`: images [B, C, H, W] and sequences [B, T, C] float32, events a list."""
+        """Samples and targets of `indices`: images [B, C, H, W] and sequences [B, T, C] float32, events a list.
+
+        Raises:
+            OptionError: mean or std with another number of values than channels.
+            DataError: an image cannot be decoded.
+        """
         index = torch.as_tensor(indices, dtype=torch.int64)
         targets = self.targets[index]
         if isinstance(self.inputs, Tensor):
@@ -73,7 +81,11 @@ class Dataset:
         return x, targets
 
     def limited(self, limit: int | None) -> "Dataset":
-        """At most `limit` samples, spread evenly over the classes, the first ones of each; the same ones every time."""
+        """At most `limit` samples, spread evenly over the classes, the first ones of each; the same ones every time.
+
+        Raises:
+            OptionError: limit below 1.
+        """
         if limit is None or limit >= len(self):
             return self
         if limit < 1:
@@ -101,7 +113,11 @@ class Dataset:
 
 
 def image_tensor(name: str, pixels: np.ndarray) -> Tensor:
-    """Numpy images [n, H, W] or [n, C, H, W] as a tensor [n, C, H, W] of its own memory."""
+    """Numpy images [n, H, W] or [n, C, H, W] as a tensor [n, C, H, W] of its own memory.
+
+    Raises:
+        DataError: neither of the two shapes.
+    """
     if pixels.ndim not in (3, 4):
         raise DataError(f"{name}: expected images [n, H, W] or [n, C, H, W], got {pixels.shape}.")
     x = torch.from_numpy(np.array(pixels))

@@ -11,7 +11,13 @@ from spikefit.errors import DataError
 
 
 def load_digits(split: str) -> Dataset:
-    """Images float32 [n, 1, 8, 8] in [0, 1]; every fifth image of each class is in the test split (355 of 1,797)."""
+    """Images float32 [n, 1, 8, 8] in [0, 1]; every fifth image of each class is in the test split (355 of 1,797).
+
+    Raises:
+        DataError: scikit-learn is missing.
+
+    Source: Alpaydin, Kaynak 1998, "Optical recognition of handwritten digits" (UCI).
+    """
     try:
         from sklearn.datasets import load_digits as sklearn_digits
     except ImportError:

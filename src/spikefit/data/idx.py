@@ -24,14 +24,23 @@ TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
 
 
 def load_idx(name: str, root: str | Path | None, split: str, *, download: bool = False) -> Dataset:
-    """MNIST or Fashion-MNIST: images uint8 [n, 1, 28, 28]."""
+    """MNIST or Fashion-MNIST: images uint8 [n, 1, 28, 28].
+
+    Raises:
+        DataError: a file is missing, damaged, or of another rank than images [n, H, W] and labels [n]; or it cannot be
+            fetched.
+
+    Source: LeCun, Cortes, Burges, "The MNIST database of handwritten digits"; Xiao et al. 2017, arXiv:1708.07747.
+    """
     if download:
         torchvision_download(TORCHVISION[name], root)
     folder = find_folder(name, root, FOLDERS[name], "It holds the four -ubyte files, zipped or not.")
     stem = "train" if split == "train" else "t10k"
     images, labels = (
-        read_idx(find_file(name, folder, f"{stem}-{kind}-ubyte.gz", f"{stem}-{kind}-ubyte", f"{stem}-{kind}.ubyte"))
-        for kind in ("images-idx3", "labels-idx1")
+        read_idx(
+            find_file(name, folder, f"{stem}-{kind}-ubyte.gz", f"{stem}-{kind}-ubyte", f"{stem}-{kind}.ubyte"), rank
+        )
+        for kind, rank in (("images-idx3", 3), ("labels-idx1", 1))
     )
     return Dataset(
         name=f"{name} {split}",
@@ -43,21 +52,24 @@ def load_idx(name: str, root: str | Path | None, split: str, *, download: bool =
     )
 
 
-def read_idx(path: Path) -> np.ndarray:
-    """An IDX file of unsigned bytes: magic 0, 0, 8, rank; sizes as big-endian int32; then the values.
+def read_idx(path: Path, rank: int) -> np.ndarray:
+    """An IDX file of unsigned bytes with `rank` axes: magic 0, 0, 8, rank; sizes as big-endian int32; then the values.
 
     Raises:
-        DataError: wrong magic number, or fewer or more bytes than the header says.
+        DataError: wrong magic number, another rank, or fewer or more bytes than the header says.
     """
     raw = read_bytes("idx", path)
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
         raise DataError(
             f"idx: {path} must begin with the bytes 0 0 8 (unsigned bytes), got {raw[:3].hex(' ') or 'nothing'}."
         )
-    rank = raw[3]
+    if raw[3] != rank:
+        raise DataError(
+            f"idx: {path} must hold an array of {rank} axes, got one of {raw[3]}; are images and labels swapped?"
+        )
     if len(raw) < 4 + 4 * rank:
         raise DataError(f"idx: {path} ends inside its header; fetch it again.")
-    sizes = tuple(int(n) for n in np.frombuffer(raw, ">i4", rank, 4))
+    sizes = tuple(int(n) for n in np.frombuffer(raw, ">u4", rank, 4))
     expected = 4 + 4 * rank + math.prod(sizes)
     if len(raw) != expected:
         raise DataError(f"idx: {path} must hold {expected} bytes for sizes {sizes}, got {len(raw)}; fetch it again.")

@@ -17,7 +17,12 @@ SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", 
 def load_image_folder(
     root: str | Path | None, split: str, *, folder: str = ".", side: int = 32, channels: int = 3
 ) -> Dataset:
-    """Images of one folder per class, decoded batch by batch: short side scaled to `side`, then cut in the middle."""
+    """Images of one folder per class, decoded batch by batch: short side scaled to `side`, then cut in the middle.
+
+    Raises:
+        OptionError: side below 1, or channels neither 1 nor 3.
+        DataError: no folder <split>/<class>/.
+    """
     if side < 1 or channels not in (1, 3):
         raise OptionError(f"image_folder: side must be at least 1 and channels 1 or 3, got {side} and {channels}.")
     base = data_root(root) / folder / split
@@ -52,13 +57,13 @@ def read_image(path: Path, *, side: int, channels: int) -> Tensor:
         DataError: Pillow is missing, or the file is no image.
     """
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
     except ImportError:
         raise DataError("image_folder: reading images needs Pillow; pip install 'spikefit[images]'.") from None
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB" if channels == 3 else "L")
-    except (UnidentifiedImageError, OSError) as error:
+    except Exception as error:  # a damaged image can fail in any way
         raise DataError(f"image_folder: {path} cannot be read as an image ({error}); remove or replace it.") from None
     scale = side / min(image.size)
     wide = image.resize(

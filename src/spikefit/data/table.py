@@ -98,6 +98,6 @@ def _values(values: tuple[float, ...] | list[float] | None) -> tuple[float, ...]
 
 
 def dataset_options(name: str) -> list[str]:
-    """Names of the options that the reader of `name` takes."""
+    """Names of the options that the reader of `name`, a key of `DATASETS`, takes."""
     parameters = inspect.signature(DATASETS[name].load).parameters.values()
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]

@@ -7,10 +7,22 @@ from spikefit.errors import OptionError, ShapeError
 
 
 def check_timesteps(who: str, timesteps: int) -> int:
-    """`timesteps` if it is a whole number of at least 1, else OptionError."""
+    """`timesteps` as it is.
+
+    Raises:
+        OptionError: no whole number of at least 1.
+    """
     if isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1:
         raise OptionError(f"{who}: timesteps must be a whole number of at least 1, got {timesteps!r}.")
     return timesteps
+
+
+def _check_tensor(who: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise ShapeError(
+            f"{who}: expected a tensor [B, ...], got {type(x).__name__}; event recordings need encoding.event_frames, "
+            "arrays torch.from_numpy."
+        )
 
 
 def repeat(x: Tensor, timesteps: int) -> Tensor:
@@ -25,10 +37,11 @@ def repeat(x: Tensor, timesteps: int) -> Tensor:
 
     Raises:
         OptionError: timesteps below 1.
-        ShapeError: no batch axis.
+        ShapeError: no tensor, or no batch axis.
 
     Source: Rueckauer et al. 2017, doi:10.3389/fnins.2017.00682 (analog input to the first layer).
     """
+    _check_tensor("encoding.repeat", x)
     if x.ndim < 2:
         raise ShapeError(f"encoding.repeat: expected x as [B, ...], got {tuple(x.shape)}; x.unsqueeze(0) adds a batch.")
     return x.unsqueeze(0).expand(check_timesteps("encoding.repeat", timesteps), *x.shape)
@@ -47,8 +60,12 @@ def rate(x: Tensor, timesteps: int, *, generator: torch.Generator | None = None)
 
     Raises:
         OptionError: timesteps below 1, or values outside [0, 1].
+        ShapeError: no tensor.
+
+    Source: Diehl, Cook 2015, doi:10.3389/fncom.2015.00099 (Poisson-distributed input).
     """
     check_timesteps("encoding.rate", timesteps)
+    _check_tensor("encoding.rate", x)
     if x.numel() and not (float(x.min()) >= 0 and float(x.max()) <= 1):
         raise OptionError(
             f"encoding.rate: probabilities must lie in [0, 1], got {float(x.min()):.3g} to {float(x.max()):.3g}; "
@@ -70,10 +87,12 @@ def latency(x: Tensor, timesteps: int) -> Tensor:
 
     Raises:
         OptionError: timesteps below 1, or values outside [0, 1].
+        ShapeError: no tensor.
 
     Source: Thorpe, Delorme, Van Rullen 2001, doi:10.1016/S0893-6080(01)00083-1.
     """
     check_timesteps("encoding.latency", timesteps)
+    _check_tensor("encoding.latency", x)
     if x.numel() and not (float(x.min()) >= 0 and float(x.max()) <= 1):
         raise OptionError(
             f"encoding.latency: values must lie in [0, 1], got {float(x.min()):.3g} to {float(x.max()):.3g}; "
@@ -87,9 +106,16 @@ def latency(x: Tensor, timesteps: int) -> Tensor:
 def sequence(x: Tensor) -> Tensor:
     """Samples that are sequences: [B, T, ...] -> [T, B, ...], the one transpose between loader and network.
 
+    Args:
+        x: [B, T, ...].
+
+    Returns:
+        [T, B, ...], contiguous.
+
     Raises:
-        ShapeError: no time axis.
+        ShapeError: no tensor, or no time axis.
     """
+    _check_tensor("encoding.sequence", x)
     if x.ndim < 3:
         raise ShapeError(
             f"encoding.sequence: expected x as [B, T, ...], got {tuple(x.shape)}; static data need encoding.repeat."

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spikefit.encoding.events import event_frames
+from spikefit.encoding.events import check_frame, event_frames
 from spikefit.encoding.static import check_timesteps, latency, rate, repeat, sequence
 from spikefit.errors import OptionError
 
@@ -18,7 +18,13 @@ ENCODINGS: dict[str, Callable[..., Tensor]] = {
     "rate": rate,
     "latency": latency,
     "event_frames": event_frames,
-    "none": sequence,
+    "sequence": sequence,
+}
+# Options without a default, and what to give.
+REQUIRED = {
+    "timesteps": "the number of time steps, such as 8",
+    "height": "the height of the sensor in pixels, 34 for N-MNIST",
+    "width": "the width of the sensor in pixels, 34 for N-MNIST",
 }
 
 
@@ -49,23 +55,28 @@ def create_encoding(name: str, **options: Any) -> Encoding:
     """Make an encoding by name.
 
     Args:
-        name: "repeat", "rate", "latency" (static samples), "event_frames" (event recordings) or "none" (sequences).
-        **options: those of the function; `timesteps` for all but "none".
+        name: "repeat", "rate", "latency" (static samples), "event_frames" (event recordings) or "sequence"
+            (data with a time axis).
+        **options: those of the function; `timesteps` for all but "sequence", `height` and `width` for "event_frames".
 
     Raises:
-        OptionError: unknown name or option, or timesteps missing or below 1.
+        OptionError: unknown name or option, or one that is missing or out of range.
     """
     if name not in ENCODINGS:
         near = difflib.get_close_matches(name, ENCODINGS, n=2, cutoff=0.3)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise OptionError(f"encoding: expected one of {', '.join(ENCODINGS)}, got {name!r}.{hint}")
-    known = [p for p in inspect.signature(ENCODINGS[name]).parameters if p not in ("x", "events", "generator")]
+    parameters = inspect.signature(ENCODINGS[name]).parameters.values()
+    known = [p.name for p in parameters if p.name not in ("x", "events", "generator")]
     unknown = sorted(set(options) - set(known))
     if unknown:
-        hint = " The time axis is that of the data." if name == "none" else ""
+        hint = " The time axis is that of the data." if name == "sequence" else ""
         raise OptionError(f"encoding {name}: unknown option {unknown[0]!r}; known: {', '.join(known) or 'none'}.{hint}")
+    for key, hint in REQUIRED.items():
+        if key in known and key not in options:
+            raise OptionError(f"encoding {name}: {key} is missing; give {hint}.")
     if "timesteps" in known:
-        if "timesteps" not in options:
-            raise OptionError(f"encoding {name}: timesteps is missing; give the number of time steps, such as 8.")
         check_timesteps(f"encoding {name}", options["timesteps"])
+    if name == "event_frames":
+        check_frame(f"encoding {name}", **{k: options[k] for k in ("height", "width", "by", "pad_to") if k in options})
     return Encoding(name, dict(options))

@@ -110,6 +110,8 @@ def parse_strategy(text: "str | dict[str, Any] | Strategy") -> Strategy:
         if set(rest) - {key} or "name" not in text:
             raise StrategyError(f"strategy: expected {{ name = ..., {key} = ... }}, got {text}.")
         text = text["name"] if not rest else f"{text['name']}:{rest[key]}"
+    if not isinstance(text, str):
+        raise StrategyError(f"strategy: expected a text such as 'lean:spikes', a table or a Strategy, got {text!r}.")
     name, _, option = text.partition(":")
     if name not in STRATEGIES:
         near = difflib.get_close_matches(name, STRATEGIES, n=2, cutoff=0.3)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spikefit.errors import OptionError
-from spikefit.ops.dispatch import Backend
+from spikefit.ops.dispatch import Backend, check_backend
 from spikefit.ops.norm import Moments, affine, channel_norm
 
 TimeScope = Literal["none", "step", "sequence"]
@@ -66,6 +66,10 @@ class BatchNorm(nn.Module):
     Shapes:
         [T, B, C, ...] -> the same.
 
+    Raises:
+        OptionError: unknown backend.
+        BackendError: in a call that the backend asked for cannot run.
+
     Source: Ioffe, Szegedy 2015, arXiv:1502.03167; tdBN: Zheng et al. 2021, arXiv:2011.05280.
     """
 
@@ -81,6 +85,7 @@ class BatchNorm(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
+        check_backend(backend)
         self.channels, self.eps, self.momentum = channels, eps, momentum
         self.backend: Backend = backend
         self.weight = nn.Parameter(torch.full((channels,), float(initial_weight)))

@@ -1,5 +1,13 @@
 """Losses: from logits [T, B, K] and targets to one number. Each declares whether it splits over steps."""
 
-from spikefit.losses.losses import LOSSES, TET, CrossEntropyMean, CrossEntropySteps, RateMSE, create_loss
+from spikefit.losses.losses import (
+    LOSSES,
+    TET,
+    CrossEntropyMean,
+    CrossEntropySteps,
+    RateMSE,
+    create_loss,
+    labels_per_step,
+)
 
-__all__ = ["LOSSES", "TET", "CrossEntropyMean", "CrossEntropySteps", "RateMSE", "create_loss"]
+__all__ = ["LOSSES", "TET", "CrossEntropyMean", "CrossEntropySteps", "RateMSE", "create_loss", "labels_per_step"]

@@ -1,7 +1,11 @@
-"""The losses. `splits_per_step` says whether a loss is a mean over steps, to be taken one step at a time."""
+"""The losses. `splits_per_step` says whether a loss is a mean over steps, to be taken one step at a time.
+
+Labels of -1 count nowhere: a mean over labels leaves them out, and a batch without any label adds nothing, 0.
+"""
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -19,16 +23,33 @@ class Loss:
     """Base: `loss(logits [T, B, K], targets)` -> scalar.
 
     Targets are classes: [B], or [T, B] for labels of every step; -1 marks what has no label.
+
+    Attributes:
+        splits_per_step: whether `step` gives shares whose mean over steps is the loss of the sequence.
     """
 
     splits_per_step: ClassVar[bool]
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The loss of a batch; logits [T, B, K], targets int64 [B] or [T, B]."""
+        """The loss of a batch; logits [T, B, K], targets int64 [B] or [T, B].
+
+        Raises:
+            ShapeError: shapes or dtype do not fit, or a target is no class of the logits.
+        """
         raise NotImplementedError
 
-    def step(self, logits_t: Tensor, targets: Tensor) -> Tensor:
-        """The share of one step; logits [B, K], targets [B]. The mean over steps is the loss of the sequence."""
+    def step(self, logits_t: Tensor, targets: Tensor, *, labels: Tensor | float | None = None) -> Tensor:
+        """The share of one step; the mean of the shares over the steps is the loss of the sequence.
+
+        Args:
+            logits_t: [B, K].
+            targets: of this step, [B].
+            labels: labels per step, on average over the sequence: `labels_per_step(targets [T, B])`. Needed where some
+                steps have fewer labels than others, which one step cannot know; None takes those of this step.
+
+        Raises:
+            ShapeError: the loss does not split over steps.
+        """
         raise ShapeError(
             f"{type(self).__name__}: it needs the logits of all steps at once; use ce_steps or tet instead."
         )
@@ -45,6 +66,29 @@ class Loss:
             raise ShapeError(f"{who}: expected int64 classes as targets, got {targets.dtype}; call targets.long().")
 
 
+def labels_per_step(targets: Tensor) -> Tensor:
+    """How many labels a step has, on average over the sequence: targets [T, B] -> 0-d, for `Loss.step`."""
+    return (targets != UNLABELLED).sum() / targets.shape[0]
+
+
+def _cross_entropy(
+    who: str, logits: Tensor, targets: Tensor, label_smoothing: float, labels: Tensor | float | None = None
+) -> Tensor:
+    """Mean cross-entropy of the labelled rows of [N, K], 0 if there is none; `labels`, if given, is the divisor."""
+    try:
+        mean = F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing, ignore_index=UNLABELLED)
+    except IndexError:
+        raise ShapeError(
+            f"{who}: expected classes 0..{logits.shape[1] - 1} as targets (-1 for no label), because the logits have "
+            f"{logits.shape[1]} classes, got {int(targets.min())}..{int(targets.max())}; make the model with as many "
+            "classes as the data have."
+        ) from None
+    count = (targets != UNLABELLED).sum()
+    # the mean of nothing is NaN
+    mean = torch.where(count > 0, mean, 0)
+    return mean if labels is None else mean * count / labels
+
+
 def _check_smoothing(who: str, label_smoothing: float) -> None:
     if not 0 <= label_smoothing < 1:
         raise OptionError(f"{who}: label_smoothing must lie in [0, 1), got {label_smoothing}.")
@@ -58,7 +102,9 @@ class CrossEntropyMean(Loss):
 
     Raises:
         OptionError: label_smoothing out of range.
-        ShapeError: logits not [T, B, K], or targets not [B].
+        ShapeError: logits not [T, B, K], targets not [B], or no classes of the logits.
+
+    Source: Deng et al. 2022, arXiv:2202.11946 (there L_SDT).
     """
 
     splits_per_step = False
@@ -69,20 +115,20 @@ class CrossEntropyMean(Loss):
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         self._check(logits, targets, per_step=False)
-        return F.cross_entropy(
-            logits.float().mean(0), targets, label_smoothing=self.label_smoothing, ignore_index=UNLABELLED
-        )
+        return _cross_entropy("CrossEntropyMean", logits.float().mean(0), targets, self.label_smoothing)
 
 
 class CrossEntropySteps(Loss):
-    """Mean over steps of the cross-entropy of each: mean_t CE(o_t, y).
+    """Mean over steps of the cross-entropy of each: mean_t CE(o_t, y); with labels of every step, mean over all labels.
 
     Args:
         label_smoothing: share spread evenly over all classes, in [0, 1).
 
     Raises:
         OptionError: label_smoothing out of range.
-        ShapeError: logits not [T, B, K], or targets neither [B] nor [T, B].
+        ShapeError: logits not [T, B, K], targets neither [B] nor [T, B], or no classes of the logits.
+
+    Source: Deng et al. 2022, arXiv:2202.11946 (L_TET without its second term).
     """
 
     splits_per_step = True
@@ -96,24 +142,24 @@ class CrossEntropySteps(Loss):
         rows = targets if targets.ndim == 2 else targets.expand(logits.shape[0], -1)
         return self._entropy(logits.flatten(0, 1), rows.reshape(-1))
 
-    def step(self, logits_t: Tensor, targets: Tensor) -> Tensor:
-        return self._entropy(logits_t, targets)
+    def step(self, logits_t: Tensor, targets: Tensor, *, labels: Tensor | float | None = None) -> Tensor:
+        return self._entropy(logits_t, targets, labels)
 
-    def _entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing, ignore_index=UNLABELLED)
+    def _entropy(self, logits: Tensor, targets: Tensor, labels: Tensor | float | None = None) -> Tensor:
+        return _cross_entropy(type(self).__name__, logits, targets, self.label_smoothing, labels)
 
 
 class TET(CrossEntropySteps):
-    """Temporal efficient training: mean_t [(1 - a) CE(o_t, y) + a MSE(o_t, m)].
+    """Temporal efficient training: mean_t [(1 - a) CE(o_t, y) + a MSE(o_t, m)]; the second term needs no label.
 
     Args:
         mse_weight: a, in [0, 1].
-        mse_target: m, the level every logit is drawn to.
+        mse_target: m, the level every logit is drawn to; finite.
         label_smoothing: of the cross-entropy.
 
     Raises:
-        OptionError: mse_weight or label_smoothing out of range.
-        ShapeError: logits not [T, B, K], or targets neither [B] nor [T, B].
+        OptionError: mse_weight, mse_target or label_smoothing out of range.
+        ShapeError: logits not [T, B, K], targets neither [B] nor [T, B], or no classes of the logits.
 
     Source: Deng et al. 2022, arXiv:2202.11946.
     """
@@ -122,11 +168,13 @@ class TET(CrossEntropySteps):
         super().__init__(label_smoothing=label_smoothing)
         if not 0 <= mse_weight <= 1:
             raise OptionError(f"TET: mse_weight must lie in [0, 1], got {mse_weight}.")
+        if not math.isfinite(mse_target):
+            raise OptionError(f"TET: mse_target must be a finite number, got {mse_target}.")
         self.mse_weight, self.mse_target = mse_weight, mse_target
 
-    def _entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def _entropy(self, logits: Tensor, targets: Tensor, labels: Tensor | float | None = None) -> Tensor:
         distance = (logits.float() - self.mse_target).square().mean()
-        return (1 - self.mse_weight) * super()._entropy(logits, targets) + self.mse_weight * distance
+        return (1 - self.mse_weight) * super()._entropy(logits, targets, labels) + self.mse_weight * distance
 
 
 class RateMSE(Loss):
@@ -142,9 +190,10 @@ class RateMSE(Loss):
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         self._check(logits, targets, per_step=False)
-        labelled = targets != UNLABELLED
-        rate = logits.float().mean(0)[labelled]
-        return F.mse_loss(rate, F.one_hot(targets[labelled], logits.shape[2]).to(rate.dtype))
+        labelled, rate = targets != UNLABELLED, logits.float().mean(0)
+        wanted = F.one_hot(targets.clamp(min=0), logits.shape[2]).to(rate.dtype)
+        distance = (rate - wanted).square().mean(1)
+        return (distance * labelled).sum() / labelled.sum().clamp(min=1)
 
 
 LOSSES: dict[str, Callable[..., Loss]] = {
@@ -156,7 +205,11 @@ LOSSES: dict[str, Callable[..., Loss]] = {
 
 
 def create_loss(name: str, **options: Any) -> Loss:
-    """Make a loss by name: "ce_mean", "ce_steps", "tet" or "rate_mse".
+    """Make a loss by name.
+
+    Args:
+        name: "ce_mean", "ce_steps", "tet" or "rate_mse".
+        **options: those of the class, such as label_smoothing.
 
     Raises:
         OptionError: unknown name or option; near names are listed.

@@ -1,5 +1,6 @@
 """Spiking ResNet19."""
 
+import math
 from typing import Any
 
 from torch import nn
@@ -44,8 +45,8 @@ def resnet19(
     """
     if widths not in WIDTHS:
         raise OptionError(f"resnet19: widths must be one of {', '.join(WIDTHS)}, got {widths!r}.")
-    if not width > 0:
-        raise OptionError(f"resnet19: width must be > 0, got {width}.")
+    if not 0 < width < math.inf:
+        raise OptionError(f"resnet19: width must be a finite number > 0, got {width}.")
     options: dict[str, Any] = {"norm": norm, "neuron": neuron, "chunk": chunk}
     channels = max(1, round(128 * width))
     blocks: list[nn.Module] = [SpikingConv2d(input_shape[0], channels, **options)]

@@ -1,5 +1,6 @@
 """Spiking VGG networks: 3x3 convolution units, pooling of spikes, and a read-out at every step."""
 
+import math
 from typing import Any
 
 from torch import nn
@@ -60,8 +61,8 @@ def vgg(
         sets = [name.partition(":")[2] for name in PLANS if name.startswith(f"{plan}:")]
         raise OptionError(f"{plan}: widths must be one of {', '.join(sets) or 'none'}, or left out, got {widths!r}.")
     convolutions, hidden = PLANS[key]
-    if not width > 0:
-        raise OptionError(f"{plan}: width must be > 0, got {width}.")
+    if not 0 < width < math.inf:
+        raise OptionError(f"{plan}: width must be a finite number > 0, got {width}.")
     channels, height, side = input_shape
     pools = convolutions.count("pool")
     if min(height, side) < 2**pools:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from spikefit.errors import OptionError
 from spikefit.ops.dispatch import Backend, check_backend
 from spikefit.ops.lif import lif
+from spikefit.ops.lif.equation import check_level
 from spikefit.ops.surrogate import Surrogate, parse_surrogate
 
 
@@ -24,6 +25,9 @@ class SpikingNeuron(nn.Module):
         reset: False for no reset at all.
         strict: fire on u > v_threshold instead of u >= v_threshold.
         backend: "auto", "reference", "numba" or "triton".
+
+    Raises:
+        OptionError: an option out of range, or reset=False beside a v_reset.
     """
 
     def __init__(
@@ -41,6 +45,8 @@ class SpikingNeuron(nn.Module):
         super().__init__()
         if not (math.isfinite(v_threshold) and v_threshold > 0):
             raise OptionError(f"{type(self).__name__}: v_threshold must be a finite number > 0, got {v_threshold}.")
+        for name, value in (("v_reset", v_reset), ("v_rest", v_rest)):
+            check_level(type(self).__name__, name, value)
         if not reset and v_reset is not None:
             raise OptionError(f"{type(self).__name__}: reset=False and v_reset={v_reset} exclude each other; drop one.")
         self.v_threshold, self.v_reset, self.detach_reset = v_threshold, v_reset, detach_reset
@@ -123,6 +129,8 @@ class IF(SpikingNeuron):
 
     Raises:
         OptionError: an option of `SpikingNeuron` out of range.
+
+    Source: Abbott 1999, doi:10.1016/S0361-9230(99)00161-6 (Lapicque's model, without leak).
     """
 
     def __init__(self, **options) -> None:

@@ -36,7 +36,12 @@ class LeakyReadout(nn.Module):
         self.leak, self.gain = 1 - 1 / tau, 1 / tau if decay_input and math.isfinite(tau) else 1.0
 
     def forward(self, x: Tensor, v_0: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Input [T, B, K] and membrane [B, K] (None for zeros) -> (membranes [T, B, K], last membrane [B, K])."""
+        """Input [T, B, K] and membrane [B, K] (None for zeros) -> (membranes [T, B, K], last membrane [B, K]).
+
+        Raises:
+            ShapeError: no time axis.
+            StateError: a membrane of another shape.
+        """
         if x.ndim < 2 or x.shape[0] == 0:
             raise ShapeError(f"LeakyReadout: expected x as [T, B, K] with T >= 1, got {tuple(x.shape)}.")
         compute = torch.float64 if x.dtype == torch.float64 else torch.float32

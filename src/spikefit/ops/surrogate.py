@@ -27,6 +27,9 @@ class Surrogate:
     Attributes:
         name: a key of `FORMS`.
         parameter: alpha, width or k of the form; > 0.
+
+    Raises:
+        OptionError: an unknown name, or a parameter that is no positive number.
     """
 
     name: str
@@ -183,11 +186,16 @@ MAKERS: dict[str, Callable[..., Surrogate]] = {
 def parse_surrogate(text: "str | Surrogate") -> Surrogate:
     """Read a surrogate as recipes write it: "atan", "atan(2)", "rect(1, closed=True)".
 
+    Args:
+        text: the name, with or without its arguments; a `Surrogate` is returned as it is.
+
     Raises:
         OptionError: unknown name or unreadable arguments; near names are listed.
     """
     if isinstance(text, Surrogate):
         return text
+    if not isinstance(text, str):
+        raise OptionError(f"surrogate: expected a Surrogate or a text such as 'atan(2)', got {text!r}.")
     match = re.fullmatch(r"\s*(\w+)\s*(?:\(\s*([\d.eE+-]+)?\s*(?:,?\s*closed\s*=\s*(\w+))?\s*\))?\s*", text)
     if match is None or match[1] not in MAKERS:
         near = difflib.get_close_matches(text.split("(")[0].strip(), MAKERS, n=3, cutoff=0.4)

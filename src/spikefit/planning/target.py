@@ -28,7 +28,7 @@ class Target:
         strategy, backend: how it runs.
         timesteps, batch: T and B.
         input_shape: shape of one sample; None takes that of the model.
-        encoding: "repeat" shows one sample at every step (static images), "none" makes a dense sequence; None takes
+        encoding: "repeat" shows one sample at every step (static images), "sequence" makes a dense one; None takes
             "repeat" for images.
         dtype: "float32", "float64", or "bfloat16" for autocast.
     """
@@ -48,8 +48,8 @@ class Target:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise OptionError(f"profile: {name} must be a whole number of at least 1, got {value!r}.")
-        if self.encoding not in (None, "repeat", "none"):
-            raise OptionError(f"profile: encoding must be 'repeat' or 'none', got {self.encoding!r}.")
+        if self.encoding not in (None, "repeat", "sequence"):
+            raise OptionError(f"profile: encoding must be 'repeat' or 'sequence', got {self.encoding!r}.")
         if self.dtype not in ("float32", "float64", "bfloat16"):
             raise OptionError(f"profile: dtype must be float32, float64 or bfloat16, got {self.dtype!r}.")
 

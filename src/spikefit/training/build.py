@@ -13,7 +13,7 @@ from spikefit.data import Dataset, horizontal_flip, load_dataset, random_crop
 from spikefit.encoding import Encoding, create_encoding
 from spikefit.errors import DataError, OptionError, RecipeError
 from spikefit.losses import create_loss
-from spikefit.losses.losses import Loss
+from spikefit.losses.losses import UNLABELLED, Loss
 from spikefit.models import MODELS, create_model, use_strategy
 from spikefit.models.table import model_options
 from spikefit.training.options import near
@@ -21,6 +21,8 @@ from spikefit.training.recipe import Recipe, load_recipe
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 AUGMENTS: dict[str, Callable[..., Augment]] = {"crop": random_crop, "flip": horizontal_flip}
+# Kind of data -> the encodings that make sequences of it.
+ENCODING_OF = {"image": ("repeat", "rate", "latency"), "sequence": ("sequence",), "events": ("event_frames",)}
 
 
 class Data(NamedTuple):
@@ -48,14 +50,49 @@ def build_data(recipe: Recipe) -> Data:
 
 
 def load_split(recipe: Recipe, split: str) -> Dataset:
-    """Read one split, "train" or "test"; errors as in `build_data`."""
+    """Read one split, "train" or "test".
+
+    Raises:
+        RecipeError, OptionError, DataError: as `build_data`; also if the encoding is for another kind of data, if no
+            sample has a label, or if the recipe writes fewer classes than the labels need.
+    """
     section = recipe.data
     if section.name is None:
         raise RecipeError("recipe: data.name is missing; add data=digits, or the name of another data set.")
     dataset = load_dataset(section.name, section.root, split, **(section.model_extra or {}))
-    if len(dataset) == 0:
-        raise DataError(f"{section.name}: expected at least one sample in split {split!r}, got none.")
+    fitting = ENCODING_OF[dataset.kind]
+    if recipe.encoding.name not in fitting:
+        raise OptionError(
+            f"encoding {recipe.encoding.name}: expected {' or '.join(fitting)} for {dataset.name}, which holds data of "
+            f"kind {dataset.kind!r}, got {recipe.encoding.name!r}; {_encoding_hint(dataset)}."
+        )
+    if int(dataset.targets.max()) == UNLABELLED:
+        raise DataError(f"{dataset.name}: expected at least one label, got only {UNLABELLED}, which means none.")
+    check_classes(recipe, dataset)
     return dataset
+
+
+def check_classes(recipe: Recipe, dataset: Dataset) -> None:
+    """Check that the classes a recipe writes hold all labels of `dataset`.
+
+    Raises:
+        OptionError: a label is no class of the model.
+    """
+    top = int(dataset.targets.max())
+    if recipe.model.num_classes is not None and top >= recipe.model.num_classes:
+        raise OptionError(
+            f"model.num_classes: {dataset.name} has labels up to {top} and needs at least {top + 1} classes, got "
+            f"{recipe.model.num_classes}; leave it out to take the classes of the training data, or give {top + 1}."
+        )
+
+
+def _encoding_hint(dataset: Dataset) -> str:
+    """What to write for data of this kind."""
+    if dataset.kind == "sequence":
+        return "encoding=sequence takes the time steps of the data"
+    if dataset.kind == "image":
+        return "give encoding=repeat timesteps=8"
+    return f"give encoding=event_frames timesteps=10 height={dataset.shape[1]} width={dataset.shape[2]}"
 
 
 def build_augmentation(recipe: Recipe, dataset: Dataset) -> list[Augment]:

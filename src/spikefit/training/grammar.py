@@ -34,24 +34,34 @@ def apply_changes(recipe: Recipe, changes: Mapping[str, Any]) -> dict[str, Any]:
     """The values of `recipe` with `changes` made, as a dictionary that `load_recipe` checks.
 
     Raises:
-        RecipeError: a key that no section knows.
+        RecipeError: a key that no section knows, or two keys that mean the same.
     """
     values = recipe.to_dict()
     rest: dict[str, Any] = {}
+    given: dict[tuple[str, str], str] = {}
     for key, value in changes.items():
         section, _, field = (f"{key}.name" if key in NAMED else key).partition(".")
         if field == "name" and section in NAMED:
+            _once(given, (section, field), key)
             _rename(values, section, str(value))
         else:
             rest[key] = value
     for key, value in rest.items():
         section, field = locate(key, values)
+        _once(given, (section, field), key)
         read = _read(value, _annotation(section, field, values))
         if section:
             values[section] = {**values[section], field: read}
         else:
             values[field] = read
     return values
+
+
+def _once(given: dict[tuple[str, str], str], place: tuple[str, str], key: str) -> None:
+    """Note that `key` fills `place`; refuse a second key for it."""
+    if place in given:
+        raise RecipeError(f"recipe: {given[place]!r} and {key!r} mean the same; keep one.")
+    given[place] = key
 
 
 def locate(key: str, values: Mapping[str, Any]) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import math
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -50,7 +51,7 @@ def check_options(
         reserved: parameters that another section decides.
 
     Raises:
-        OptionError: unknown option, with near ones, or a wrong type.
+        OptionError: unknown option, with near ones, a wrong type, or nan.
     """
     check_types(who, {k: v for k, v in annotations(make).items() if k not in set(reserved)}, options)
 
@@ -60,6 +61,8 @@ def check_types(who: str, known: Mapping[str, Any], options: Mapping[str, Any]) 
     for key, value in options.items():
         if key not in known:
             raise OptionError(f"{who}: unknown option {key!r}; known: {', '.join(known) or 'none'}.{near(key, known)}")
+        if any(isinstance(v, float) and math.isnan(v) for v in (value if isinstance(value, list) else [value])):
+            raise OptionError(f"{who}: {key}: expected a number, got {value}.")
         try:
             # TOML has lists where Python has tuples
             TypeAdapter(known[key]).validate_python(tuple(value) if isinstance(value, list) else value, strict=True)

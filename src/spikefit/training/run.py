@@ -19,6 +19,7 @@ from torch import Tensor
 from spikefit.data import batches
 from spikefit.data.batches import count_batches
 from spikefit.errors import CheckpointError, TrainingError
+from spikefit.losses.losses import UNLABELLED
 from spikefit.training.build import (
     Data,
     build_augmentation,
@@ -26,6 +27,7 @@ from spikefit.training.build import (
     build_loss,
     build_model,
     build_optimizer,
+    check_classes,
     derive_seed,
     has_batch_statistics,
     written_out,
@@ -66,6 +68,8 @@ class Run:
         self.recipe, self.data, self.fabric = written_out(recipe, data.train), data, fabric
         self.out = None if out is None else Path(out)
         self.listeners = listeners
+        # classes that follow from the training data have to do for the test data too
+        check_classes(self.recipe, data.test)
         self.augmentation = build_augmentation(recipe, data.train)
         self.encoding, self.loss = build_encoding(recipe), build_loss(recipe)
         self.model = build_model(self.recipe, data.train)
@@ -76,7 +80,7 @@ class Run:
         self.updates_per_epoch = math.ceil(len(self.sizes) / recipe.train.accumulate)
         # position: finished epochs, batches and updates, and the sums of the epoch begun
         self.epoch, self.batch, self.update = 0, 0, 0
-        self.loss_sum, self.samples, self.elapsed = 0.0, 0, 0.0
+        self.loss_sum, self.labels, self.elapsed = 0.0, 0, 0.0
         self.history: list[dict[str, Any]] = []
         self.spike_rates: dict[str, float] = {}
         self.step_seconds: list[float] = []
@@ -122,7 +126,7 @@ class Run:
             fill_model(self.average.model, found.tensors["ema"], path)
         state = found.state
         self.epoch, self.batch, self.update = state["epoch"], state["batch"], state["update"]
-        self.loss_sum, self.samples, self.elapsed = state["loss_sum"], state["samples"], state["elapsed"]
+        self.loss_sum, self.labels, self.elapsed = state["loss_sum"], state["labels"], state["elapsed"]
         self.history, self.spike_rates = state["history"], state["spike_rates"]
         self.step_seconds = state["step_seconds"]
         self.fabric.strategy.precision.load_state_dict(state["precision"])
@@ -141,7 +145,7 @@ class Run:
             "batch": self.batch,
             "update": self.update,
             "loss_sum": self.loss_sum,
-            "samples": self.samples,
+            "labels": self.labels,
             "elapsed": self.elapsed,
             "history": self.history,
             "spike_rates": self.spike_rates,
@@ -179,9 +183,11 @@ class Run:
         self._end_epoch(rate, started)
 
     def _make_update(self, group: list[tuple[int, Any, Tensor]], rate: float) -> float:
-        """One step of the optimiser on the mean loss over all samples of the batches in `group`; returns that loss."""
+        """One step of the optimiser on the mean loss over all labels of the batches in `group`; returns that loss."""
         started, fabric = time.perf_counter(), self.fabric
-        total = sum(len(targets) for _, _, targets in group)
+        labels = sum(_labels(targets) for _, _, targets in group)
+        # without any label the loss is 0, whatever it is divided by
+        total = max(1, labels)
         summed = torch.zeros((), device=fabric.device)
         for i, (index, inputs, targets) in enumerate(group):
             x, y, weight = self._share(index, inputs, targets)
@@ -204,8 +210,8 @@ class Run:
             self.average.update(self.model, self.update)
         if fabric.device.type == "cuda":
             torch.cuda.synchronize(fabric.device)
-        self.loss_sum += value * total
-        self.samples += total
+        self.loss_sum += value * labels
+        self.labels += labels
         self.step_seconds.append(time.perf_counter() - started)
         return value
 
@@ -224,16 +230,16 @@ class Run:
             self._check_finite(float(norm), "gradient", batch)
 
     def _share(self, index: int, inputs: Any, targets: Tensor) -> tuple[Tensor, Tensor, float]:
-        """This process's rows of a batch: sequence [T, b, ...], targets, and how many samples they count for."""
+        """This process's rows of a batch: sequence [T, b, ...], targets, and how many labels they count for."""
         fabric, seed = self.fabric, self.recipe.seed
         x = to_sequence(self.encoding, inputs, fabric, derive_seed(seed, "encode", self.epoch, index))
         torch.manual_seed(derive_seed(seed, "dropout", self.epoch, index, fabric.global_rank))
-        y, weight = time_first(targets).to(fabric.device), len(targets)
+        y, weight = time_first(targets).to(fabric.device), _labels(targets)
         if fabric.world_size > 1:
             rows = torch.arange(fabric.global_rank, len(targets), fabric.world_size, device=fabric.device)
-            weight = len(rows)
+            weight = _labels(targets[fabric.global_rank :: fabric.world_size])
             # a process without a row still has to take part; its row counts nothing
-            rows = slice(fabric.global_rank, None, fabric.world_size) if weight else slice(0, 1)  # type: ignore[assignment]
+            rows = slice(fabric.global_rank, None, fabric.world_size) if len(rows) else slice(0, 1)  # type: ignore[assignment]
             x, y = x[:, rows], y[..., rows]
         return x, y, float(weight)
 
@@ -257,7 +263,7 @@ class Run:
         self.history.append(
             {
                 "epoch": self.epoch + 1,
-                "train_loss": self.loss_sum / self.samples,
+                "train_loss": self.loss_sum / max(1, self.labels),
                 "test_loss": result["loss"],
                 "test_accuracy": result["accuracy"],
                 "seconds": time.perf_counter() - started,
@@ -266,7 +272,7 @@ class Run:
             }
         )
         self.epoch, self.batch = self.epoch + 1, 0
-        self.loss_sum, self.samples, self.elapsed = 0.0, 0, 0.0
+        self.loss_sum, self.labels, self.elapsed = 0.0, 0, 0.0
         self.save()
         self._tell("epoch", loss=self.history[-1]["train_loss"], accuracy=result["accuracy"], rate=rate)
 
@@ -309,6 +315,11 @@ class Run:
         event = ProgressEvent(kind, current, epochs, self.update, epochs * self.updates_per_epoch, loss, accuracy, rate)
         for listener in self.listeners:
             listener(event)
+
+
+def _labels(targets: Tensor) -> int:
+    """How many of `targets` are labels."""
+    return int((targets != UNLABELLED).sum())
 
 
 def _flat(values: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:

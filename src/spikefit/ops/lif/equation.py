@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from spikefit.errors import OptionError
-from spikefit.ops.surrogate import Surrogate
+from spikefit.ops.surrogate import Surrogate, parse_surrogate
 
 Reset = Literal["none", "soft", "hard"]
 RESETS: tuple[Reset, ...] = ("none", "soft", "hard")
@@ -40,20 +40,31 @@ class Equation:
         v_rest: float | None,
         strict: bool,
         detach_reset: bool,
-        surrogate: Surrogate,
+        surrogate: Surrogate | str,
     ) -> "Equation":
-        """Build from the options of the public door; see `spikefit.ops.lif.lif` for their meaning."""
+        """Build from the options of the public door; see `spikefit.ops.lif.lif` for their meaning.
+
+        Raises:
+            OptionError: an option out of range, or reset=False beside a v_reset.
+        """
         if not reset and v_reset is not None:
             raise OptionError(
                 f"lif: reset=False never resets, so v_reset={v_reset} has no effect; drop one of the two."
             )
         for name, value in (("v_reset", v_reset), ("v_rest", v_rest)):
-            if value is not None and not math.isfinite(value):
-                raise OptionError(f"lif: {name} must be a finite number or None, got {value}.")
+            check_level("lif", name, value)
         mode: Reset = "none" if not reset else "soft" if v_reset is None else "hard"
         if v_rest is None:
             v_rest = v_reset if v_reset is not None else 0.0
-        return cls(mode, v_reset or 0.0, v_rest, strict, detach_reset, surrogate)
+        return cls(mode, v_reset or 0.0, v_rest, strict, detach_reset, parse_surrogate(surrogate))
+
+
+def check_level(who: str, name: str, value: float | None) -> None:
+    """Raise OptionError unless `value`, the level called `name`, is None or a finite number."""
+    if value is None or (isinstance(value, int | float) and math.isfinite(value)):
+        return
+    hint = " For a soft reset, write v_reset=None." if name == "v_reset" else ""
+    raise OptionError(f"{who}: {name} must be a finite number or None, got {value!r}.{hint}")
 
 
 def check_coefficients(leak: float, gain: float, v_threshold: float) -> None:

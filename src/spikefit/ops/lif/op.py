@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from spikefit.errors import BackendError, ShapeError, StateError
 from spikefit.ops import dispatch
@@ -45,7 +46,7 @@ def lif(
     v_rest: float | None = None,
     strict: bool = False,
     detach_reset: bool = True,
-    surrogate: Surrogate = atan(2),  # noqa: B008 (an immutable value)
+    surrogate: Surrogate | str = atan(2),  # noqa: B008 (an immutable value)
     backend: dispatch.Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Run leaky integrate-and-fire neurons over a sequence, from membrane `v_0`.
@@ -71,7 +72,7 @@ def lif(
         v_rest: level the membrane decays to; None means `v_reset` for a hard reset, else 0.
         strict: fire on u > v_threshold instead of u >= v_threshold.
         detach_reset: no gradient through the s inside the reset.
-        surrogate: slope of the step; see `spikefit.ops.surrogate`.
+        surrogate: slope of the step, a `Surrogate` or its text, "atan(2)"; see `spikefit.ops.surrogate`.
         backend: "auto", "reference", "numba" (CPU) or "triton" (CUDA).
 
     Returns:
@@ -109,7 +110,7 @@ def lif_backward(
     v_rest: float | None = None,
     strict: bool = False,
     detach_reset: bool = True,
-    surrogate: Surrogate = atan(2),  # noqa: B008 (an immutable value)
+    surrogate: Surrogate | str = atan(2),  # noqa: B008 (an immutable value)
     backend: dispatch.Backend = "auto",
 ) -> LIFGradients:
     """The gradient of `lif`, given the gradients of its two results.
@@ -154,7 +155,7 @@ def advance(x: Tensor, v_0: Tensor, dynamics: Dynamics, backend: str) -> tuple[T
     """`lif` on a chosen backend, without its checks."""
     equation, constants, learned = dynamics
     if backend == "reference":
-        leak, gain, v_threshold = constants if learned is None else learned.unbind()
+        leak, gain, v_threshold = constants if learned is None else _in_range(learned)
         return reference.lif(x, v_0, leak=leak, gain=gain, v_threshold=v_threshold, equation=equation)
     return _lif_forward(x, v_0, learned, *constants, *flat(equation), backend)
 
@@ -166,11 +167,19 @@ def retrace(
     """`lif_backward` on a chosen backend, without its checks: (dx, dv_0, d(leak, gain, v_threshold) [3])."""
     equation, constants, learned = dynamics
     if backend == "reference":
-        leak, gain, v_threshold = constants if learned is None else learned.unbind()
+        leak, gain, v_threshold = constants if learned is None else _in_range(learned)
         return reference.lif_backward(
             g, q, x, v_0, spikes, leak=leak, gain=gain, v_threshold=v_threshold, equation=equation
         )
     return _lif_backward(g, q, x, v_0, learned, spikes, *constants, *flat(equation), backend, True, True)
+
+
+def _in_range(learned: Tensor) -> tuple[Tensor, ...]:
+    """(leak, gain, v_threshold) [0-d], checked where reading them costs nothing."""
+    # a GPU would have to be waited for, and a tensor without values has none to check
+    if not torch.compiler.is_compiling() and learned.device.type == "cpu" and not isinstance(learned, FakeTensor):
+        check_coefficients(*learned.tolist())
+    return learned.unbind()
 
 
 def checked_state(who: str, x: Tensor, v_0: Tensor | None) -> Tensor:
@@ -206,7 +215,7 @@ def dynamics_of(
     v_rest: float | None,
     strict: bool,
     detach_reset: bool,
-    surrogate: Surrogate,
+    surrogate: Surrogate | str,
     backend: dispatch.Backend,
 ) -> Dynamics:
     """The options of `lif` as one value, for a layer whose weights are `like` in dtype and device."""

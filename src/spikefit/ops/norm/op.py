@@ -50,6 +50,7 @@ def channel_norm(
 
     Raises:
         ShapeError: not [T, B, C, ...], or another number of channels than `weight`.
+        BackendError: the backend asked for cannot run this call.
 
     Source: Ioffe, Szegedy 2015, arXiv:1502.03167.
     """
@@ -69,6 +70,7 @@ def affine(z: Tensor, scale: Tensor, shift: Tensor, *, backend: dispatch.Backend
 
     Raises:
         ShapeError: not [T, B, C, ...], or another number of channels than `scale`.
+        BackendError: the backend asked for cannot run this call.
     """
     _check(z, scale)
     return _affine(z, scale.view(-1, z.shape[2]), shift.view(-1, z.shape[2]), _choose(z, backend))
@@ -129,7 +131,8 @@ def _check(z: Tensor, weight: Tensor) -> None:
 
 def _choose(z: Tensor, backend: str) -> str:
     no_triton = "channel normalisation has no Triton kernel; on a GPU use backend='reference'."
-    if dispatch.resolve(backend) == "triton":
+    # `use_backend("triton")` is a wish for a whole model, in which the neurons have kernels and norms run in torch
+    if dispatch.check_backend(backend) == "auto" and dispatch.resolve(backend) == "triton":
         return "reference"
     return dispatch.choose(backend, triton=no_triton, numba=dispatch.numba_refusal(z))
 
@@ -185,12 +188,17 @@ def _channel_norm(
 
 
 def _moments_on(z: Tensor, per_step: bool, backend: str) -> tuple[Tensor, Tensor]:
-    total, squares = _kernels(backend).sums(_view(z))
+    rows = _view(z)
+    # var = E[z^2] - E[z]^2 cancels where the mean is large: float64 sums have digits to spare for float32 values, and
+    # float64 values are taken from the first one of their channel
+    first = rows[: None if per_step else 1, :1, :, :1] if z.dtype == torch.float64 else None
+    total, squares = _kernels(backend).sums(rows if first is None else rows - first)
     if not per_step:
         total, squares = total.sum(0, keepdim=True), squares.sum(0, keepdim=True)
     count = z.numel() // total.numel()
     mean = total / count
-    return mean, (squares / count - mean * mean).clamp(min=0)
+    var = (squares / count - mean * mean).clamp(min=0)
+    return mean if first is None else mean + first[:, 0, :, 0], var
 
 
 @torch.library.custom_op("spikefit::moments", mutates_args=())
