@@ -81,9 +81,9 @@ def backward(
             z_k = whole[:, rows]
             dx_k = dx if z_k.shape[0] == T else dx.sum(0, keepdim=True)
             if write is not None:
-                whole[:, rows] = norm.combine(dx_k, z_k, *write[k].unbind(), backend=backend)
+                whole[:, rows] = norm.combine(dx_k, z_k, *write[k].unbind(), backend=_of_norm(backend))
                 continue
-            first, second = norm.gradient_sums(dx_k, z_k, backend=backend)
+            first, second = norm.gradient_sums(dx_k, z_k, backend=_of_norm(backend))
             for row, value in ((0, first), (1 + k, second)) if k == 0 else ((1 + k, second),):
                 sums[row] += value if R > 1 else value.sum(0, keepdim=True)
     return sums, d_3
@@ -123,11 +123,16 @@ def _pieces(bits_TMP: Tensor, C: int, grid: Grid) -> list[slice]:
     return [slice(first, min(M, first + step)) for first in range(0, M, step)]
 
 
+def _of_norm(backend: dispatch.Backend) -> dispatch.Backend:
+    """The backend of norms beside neurons on `backend`: norms have no Triton kernel."""
+    return "reference" if backend == "triton" else backend
+
+
 def _sum_terms(current: Current, rows: slice, T: int, backend: dispatch.Backend) -> Tensor:
     """The current of some rows, [T, m, C]."""
     x: Tensor | None = None
     for z, scale, shift in zip(current.zs, current.scales, current.shifts, strict=True):
-        term = norm.affine(z[:, rows], scale, shift, backend=backend)
+        term = norm.affine(z[:, rows], scale, shift, backend=_of_norm(backend))
         x = term if x is None else x + term
     assert x is not None, "a current has at least one branch"
     if current.extra is not None:
