@@ -19,7 +19,7 @@ from spikefit.errors import SpikefitError
 from spikefit.layers import BatchNorm, Readout, SpikingUnit
 from spikefit.layers.packed import PackedSpikes
 from spikefit.neurons import LeakyReadout, SpikingNeuron
-from spikefit.planning.target import LossFunction, mean_cross_entropy
+from spikefit.planning.target import LossFunction, mean_cross_entropy, with_targets
 
 # What live tensors do not show: buffers inside oneDNN, rounding to pages, small blocks of the heap. Chosen so that the
 # measured peak of the networks in tests/planning lies below the prediction.
@@ -294,7 +294,13 @@ def _staged(model: nn.Module, live: _LiveBytes) -> Iterator[None]:
 
 
 def _fake(mode: Any, t: Tensor) -> Tensor:
-    made = mode.from_tensor(t.detach(), static_shapes=True)
+    from torch._subclasses.fake_tensor import FakeTensor  # here, because torch then loads its compiler
+
+    if isinstance(t, FakeTensor):  # of another mode
+        with mode:
+            made = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+    else:
+        made = mode.from_tensor(t.detach(), static_shapes=True)
     return made.requires_grad_(t.requires_grad)
 
 
@@ -333,5 +339,5 @@ def saved_bytes(
     Returns:
         SavedBytes.
     """
-    y = torch.zeros(x.shape[1], dtype=torch.int64) if y is None else y
+    x, y = with_targets(x if y is None else (x, y))
     return predicted_bytes(model, x, y, loss=loss).saved

@@ -8,15 +8,16 @@ from spikefit.training.build import (
     build_loss,
     build_model,
     build_optimizer,
+    build_step,
     derive_seed,
 )
 from spikefit.training.checkpoint import Checkpoint, latest, load_checkpoint, save_checkpoint
 from spikefit.training.evaluation import Prediction, evaluate, predict
-from spikefit.training.loop import train
 from spikefit.training.optimisation import AveragedWeights, learning_rate
 from spikefit.training.progress import ProgressBar
 from spikefit.training.recipe import Recipe, load_recipe
 from spikefit.training.record import ProgressEvent, TrainRecord, environment
+from spikefit.training.train import train
 
 __all__ = [
     "AveragedWeights",
@@ -33,6 +34,7 @@ __all__ = [
     "build_loss",
     "build_model",
     "build_optimizer",
+    "build_step",
     "derive_seed",
     "environment",
     "evaluate",
