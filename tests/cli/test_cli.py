@@ -74,7 +74,7 @@ def test_train_evaluate_predict(run, recipe, tmp_path):
         "none.npy": (samples[:0], "got an array of shape (0, 1, 8, 8)"),
         "number.npy": (np.float32(1), "got an array of shape ()"),
         "nan.npy": (samples * np.nan, "expected finite numbers"),
-        "other.npy": (samples[:, :, :5, 0], "[5, 1, 5]"),
+        "other.npy": (samples[:, :, :5, 0], "got (2, 5, 1, 5)"),
     }
     for name, (content, told) in odd.items():
         np.save(tmp_path / name, content, allow_pickle=True)

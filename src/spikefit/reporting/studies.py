@@ -13,7 +13,7 @@ from spikefit.reporting.study_file import Cell, make_cells, read_study, recipe_k
 from spikefit.reporting.study_page import study_page, study_text
 from spikefit.training import ProgressEvent, load_recipe, train
 from spikefit.training.files import check_folder, write_json, write_text
-from spikefit.training.train import check
+from spikefit.training.launch import check
 
 Row = dict[str, Any]
 # which run it is (run, runs, variant, data, seed, reused), and the event of its training

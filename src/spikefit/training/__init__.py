@@ -13,11 +13,11 @@ from spikefit.training.build import (
 )
 from spikefit.training.checkpoint import Checkpoint, latest, load_checkpoint, save_checkpoint
 from spikefit.training.evaluation import Prediction, evaluate, predict
+from spikefit.training.launch import train
 from spikefit.training.optimisation import AveragedWeights, learning_rate
 from spikefit.training.progress import ProgressBar
 from spikefit.training.recipe import Recipe, load_recipe
 from spikefit.training.record import ProgressEvent, TrainRecord, environment
-from spikefit.training.train import train
 
 __all__ = [
     "AveragedWeights",
