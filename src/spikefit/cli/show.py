@@ -106,6 +106,7 @@ def show_profile(target: str, result: dict[str, Any]) -> None:
         ["kept for backward", f"{result['saved_bytes'] / MIB:.1f} MiB"],
         *[[name, f"{count / MIB:.1f} MiB"] for name, count in result["categories"].items()],
         ["peak of a step, predicted", f"{result['predicted_peak_bytes'] / MIB:.1f} MiB above weights and input"],
+        ["the prediction is", settings["prediction"]],
         ["peak of a step, measured", _or(measured, lambda v: f"{v / MIB:.1f} MiB above weights and input")],
         ["time of a step", _or(seconds, lambda v: f"{1000 * v:.1f} ms (median)")],
         ["energy of one inference", _or(energy["snn_pj"], lambda v: f"{v * 1e-6:.2f} uJ")],

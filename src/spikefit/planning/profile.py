@@ -16,7 +16,7 @@ from spikefit.neurons import SpikingNeuron
 from spikefit.ops.dispatch import installed, resolve, use_backend
 from spikefit.planning.energy import Operations, energy_report, macs_of, operations
 from spikefit.planning.measured import cuda_peak_bytes, measured_peak_bytes, measured_peak_bytes_of
-from spikefit.planning.memory import SavedBytes, predicted_bytes
+from spikefit.planning.memory import SavedBytes, predicted_bytes, reliability
 from spikefit.planning.target import LossFunction, Step, Target, mean_cross_entropy, training_step, with_targets
 
 
@@ -50,7 +50,8 @@ class Profile:
     """What one training step costs.
 
     Attributes:
-        predicted_peak_bytes: peak above the level before the step, from shapes alone.
+        predicted_peak_bytes: peak above the level before the step, from shapes alone; settings["prediction"] says
+            whether that is a promise or an estimate.
         measured_peak_bytes: the same measured, on CPU in a fresh process; None if only predicted.
         saved_bytes: held between forward and backward, each storage once.
         step_seconds: median time of a step; None if only predicted.
@@ -170,7 +171,10 @@ def _profile(step: Step, target: Target | None, predict_only: bool, repeats: int
         layers=_rows(module, predicted.saved, counted, rates),
         energy=energy_report(list(counted.values())),
         categories=_categories(module, x, predicted.saved),
-        settings=_settings(module, x, autocast),
+        settings={
+            **_settings(module, x, autocast),
+            "prediction": reliability(module, x, predicted.peak, autocast=autocast),
+        },
     )
 
 
