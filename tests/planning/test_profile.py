@@ -119,6 +119,16 @@ def test_a_profile_leaves_random_numbers_alone():
     assert seen.settings["backend"] == "reference"
 
 
+@pytest.mark.parametrize("strategy", ["lean:spikes", "lean:input"])
+def test_operations_and_rates_do_not_depend_on_the_strategy(strategy):
+    words = {"timesteps": 3, "batch": 2, "image": "3x8x8", "width": 0.125, "repeats": 1}
+    plain, lean = (profile("vgg6", strategy=s, **words) for s in ("bptt", strategy))
+    assert lean.energy == plain.energy
+    assert [(r.name, r.macs, r.spike_rate) for r in lean.layers if r.macs] == [
+        (r.name, r.macs, r.spike_rate) for r in plain.layers if r.macs
+    ]
+
+
 def test_targets_are_made_where_the_input_is():
     x = torch.empty(3, 2, 5, device="meta")
     made, y = with_targets(x)

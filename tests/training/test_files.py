@@ -41,7 +41,7 @@ def test_nan_is_refused_before_anything_is_written(tmp_path):
 
 def test_a_folder_is_checked_before_work_begins(tmp_path):
     check_folder(tmp_path / "deep" / "run")
-    assert not list((tmp_path / "deep" / "run").iterdir())
+    assert not (tmp_path / "deep" / "run").exists()
     (tmp_path / "taken").write_text("")
     for folder in (tmp_path / "taken", tmp_path / "taken" / "run"):
         with pytest.raises(OptionError, match=r"cannot write into .*taken.*--out"):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from spikefit.errors import OptionError
 from spikefit.layers import Readout, SpikingConv1d, SpikingUnit
+from spikefit.layers.packed import Spikes, dense
 from spikefit.models import SpikingNetwork, use_strategy
 from spikefit.neurons import SpikingNeuron
 from spikefit.ops.dispatch import installed, resolve, use_backend
@@ -18,6 +19,7 @@ from spikefit.planning.energy import Operations, energy_report, macs_of, operati
 from spikefit.planning.measured import cuda_peak_bytes, measured_peak_bytes, measured_peak_bytes_of
 from spikefit.planning.memory import SavedBytes, predicted_bytes, reliability
 from spikefit.planning.target import LossFunction, Step, Target, mean_cross_entropy, training_step, with_targets
+from spikefit.planning.verify import plain_bptt
 
 
 @dataclass
@@ -231,13 +233,18 @@ def _over_time(layer: nn.Module) -> bool:
     return isinstance(layer, SpikingConv1d) and layer.over == "time"
 
 
+@torch.no_grad()
+def _unpacked(x: Spikes) -> Tensor:
+    return dense(x)
+
+
 class _Inputs:
     """Calls `note(name, layer, x)` with the input of every unit and read-out during a forward."""
 
     def __init__(self, module: nn.Module, note: Any) -> None:
         layers = {n: m for n, m in module.named_modules() if isinstance(m, SpikingUnit | Readout)}
         self.handles = [
-            layer.register_forward_pre_hook(lambda m, inputs, n=name: note(n, m, inputs[0]))
+            layer.register_forward_pre_hook(lambda m, inputs, n=name: note(n, m, _unpacked(inputs[0])))
             for name, layer in layers.items()
         ]
 
@@ -280,7 +287,8 @@ def _observe(module: nn.Module, x: Tensor, autocast: bool) -> tuple[dict[str, Op
         if isinstance(m, SpikingNeuron)
     ]
     with _Inputs(module, lambda name, layer, x: counted.__setitem__(name, _as_operations(layer, x))), torch.no_grad():
-        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
+        # the forward does not depend on the strategy, but units that pack do not call their neurons
+        with plain_bptt(module), torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
             module(x)
         for name, b in module.named_buffers():
             b.copy_(buffers[name])

@@ -16,6 +16,7 @@ from spikefit.errors import CheckpointError, DataError
 from spikefit.losses.losses import UNLABELLED, Loss
 from spikefit.neurons.lif import SpikingNeuron
 from spikefit.ops.dispatch import use_backend
+from spikefit.planning.verify import plain_bptt
 from spikefit.training.build import build_encoding, build_loss, build_model, derive_seed, load_split, make_fabric
 from spikefit.training.checkpoint import Checkpoint, fill_model, load_checkpoint
 from spikefit.training.recipe import Recipe, load_recipe
@@ -170,7 +171,9 @@ def _spike_rates(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             rates[layer] = torch.zeros((), dtype=torch.float64)
             handles.append(module.register_forward_hook(collect(layer)))
     try:
-        yield rates
+        # the forward does not depend on the strategy, but units that pack do not call their neurons
+        with plain_bptt(model):
+            yield rates
     finally:
         for handle in handles:
             handle.remove()

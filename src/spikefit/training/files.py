@@ -40,15 +40,18 @@ def write_text(path: str | Path, text: str) -> Path:
 
 
 def check_folder(folder: str | Path) -> None:
-    """Make sure that files can be written into `folder`, which is made, before long work begins.
+    """Make sure, before long work begins, that files can be written into `folder`; it leaves no new folder there.
 
     Raises:
         OptionError: they cannot.
     """
     folder = Path(folder)
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        if made:
+            folder.rmdir()
     except OSError as error:
         raise OptionError(
             f"cannot write into {folder} ({error.strerror}); choose a folder you may write to with --out."
