@@ -67,6 +67,23 @@ def test_train_evaluate_predict(run, recipe, tmp_path):
     assert json.loads(run("predict", "run", "samples.npz", "--json")[1]) == rows
     assert "probability" in run("predict", "run", "samples.npy")[1]
 
+    odd = {
+        "objects.npy": (np.array([{}, None]), "cannot be read as a plain array"),
+        "words.npy": (np.array(["a", "b"]), "expected real numbers"),
+        "complex.npy": (samples * 1j, "expected real numbers in complex.npy, got complex64"),
+        "none.npy": (samples[:0], "got an array of shape (0, 1, 8, 8)"),
+        "number.npy": (np.float32(1), "got an array of shape ()"),
+        "nan.npy": (samples * np.nan, "expected finite numbers"),
+        "other.npy": (samples[:, :, :5, 0], "got (2, 5, 1, 5)"),
+    }
+    for name, (content, told) in odd.items():
+        np.save(tmp_path / name, content, allow_pickle=True)
+        status, out, err = run("predict", "run", name)
+        assert (status, out) == (2, ""), name
+        assert told in err, (name, err)
+    np.savez(tmp_path / "empty.npz")
+    assert "found none" in run("predict", "run", "empty.npz")[2]
+
     status, _, err = run("train", str(recipe), "epochs=2", "--out", "run")
     assert status == 2
     assert "--resume" in err or "resume" in err
@@ -110,6 +127,19 @@ def test_profile_of_an_own_factory(run, tmp_path, monkeypatch):
     status, out, err = run("profile", "mynet:make", "hidden=16", "timesteps=3", "batch=2", "--predict-only", "--json")
     assert status == 0, err
     assert json.loads(out)["layers"][0]["parameters"] == 4 * 16 + 2 * 16
+
+
+def test_a_prediction_needs_no_memory(run):
+    # 60 GB of weights and as much input
+    words = ("hidden=[100000,50000]", "image=3x224x224", "batch=100000", "timesteps=2")
+    for strategy in ("bptt", "checkpoint"):
+        status, out, err = run("profile", "mlp", *words, f"strategy={strategy}", "--predict-only", "--json")
+        assert status == 0, err
+        assert json.loads(out)["predicted_peak_bytes"] > 100e9
+    status, out, err = run("plan", "mlp", *words, "budget=least", "--json")
+    assert status == 0, err
+    assert json.loads(out)["predicted_peak_bytes"] > 50e9
+    assert run("report", "mlp", *words, "strategy=lean")[0] == 0
 
 
 def test_compare_and_study(run, recipe, tmp_path):
@@ -181,7 +211,15 @@ MISTAKES = [
     (["train", "small.toml", "lr=3e37", "epochs=3", "--out", "broken"], 2, "expected a finite loss"),
     (["evaluate", "nothing"], 2, "nothing"),
     (["predict", "nothing", "x.npy"], 2, "nothing"),
+    (["train", "small.toml", "accelerator=tpu"], 2, "accelerator, devices or precision"),
+    (["train", "small.toml", "--out", "small.toml"], 2, "cannot write into small.toml"),
     (["compare", "small.toml", "strategies=bptt,bptt"], 2, "bptt"),
+    (["compare", "small.toml", "devices=2"], 2, "train.devices=1"),
+    (["compare", "small.toml", "precision=16-mixed"], 2, "train.precision"),
+    (["compare", "small.toml", "accelerator=tpu"], 2, "accelerator, devices or precision"),
+    (["compare", "small.toml", "--out", "small.toml"], 2, "cannot write into small.toml"),
+    (["profile", "vgg9", "precision=16-mixed"], 2, "train.precision"),
+    (["profile", "vgg9", "accelerator=cuda"], 2, "train.accelerator"),
     (["study", "missing.toml"], 2, "missing.toml"),
     (["list", "modles"], 2, "Did you mean models"),
     (["list", "models", "vgg9"], 2, "only 'list strategies'"),

@@ -6,6 +6,8 @@ import torch
 from spikefit.engines import STRATEGIES, Strategy, parse_strategy
 from spikefit.errors import StrategyError
 from spikefit.models import create_model, use_strategy
+from spikefit.ops.dispatch import installed, use_backend
+from support import backends_called
 
 EXACT = [name for name, kind in STRATEGIES.items() if kind.exact and name != "bptt"]
 EXACT += ["checkpoint:1", "checkpoint:3", "lean:input", "lean:spikes"]
@@ -57,6 +59,21 @@ def test_under_autocast_the_casts_are_repeated(strategy):
         torch.testing.assert_close(
             b, a, rtol=0, atol=(0.02 if "lean" in strategy else 0) * float(a.detach().abs().max())
         )
+
+
+@pytest.mark.parametrize("backend", ["reference", *(["numba"] if installed("numba") else [])])
+def test_backward_runs_the_backend_of_the_forward(backend):
+    model = use_strategy(create_model("vgg6", **CASES["vgg6"]), "checkpoint")
+    used = {"reference": set(), "numba": {"numba"}}[backend]
+
+    def step():
+        with use_backend(backend):
+            loss = model(torch.randn(2, 2, 3, 8, 8)).sum()
+        # outside the block, and inside another one
+        with use_backend("numba" if backend == "reference" and installed("numba") else "reference"):
+            loss.backward()
+
+    assert backends_called(step) == used
 
 
 def test_gradients_accumulate_and_hooks_run():

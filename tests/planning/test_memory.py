@@ -135,6 +135,18 @@ def test_measured_peak_lies_below_the_prediction_and_close_to_it(name, strategy)
     assert measured <= predicted <= 1.15 * measured
 
 
+def test_a_prediction_says_whether_it_is_a_promise():
+    words = {"timesteps": 4, "batch": 16, "predict_only": True}
+    large = {"image": "3x32x32", "width": 0.5, **words}
+    assert profile("vgg6", **large).settings["prediction"] == "measured <= predicted <= 1.15 measured"
+    for settings, reason in (
+        ({**large, "dtype": "bfloat16"}, "half precision"),
+        ({**large, "strategy": "lean"}, "lean"),
+        ({**words, "image": "3x8x8", "width": 0.25}, "below 16 MiB"),
+    ):
+        assert profile("vgg6", **settings).settings["prediction"].startswith(f"estimate ({reason}")
+
+
 def test_a_measurement_repeats_within_one_percent():
     target = Target("vgg6", options={"width": 0.5}, timesteps=4, batch=8, input_shape=(3, 32, 32))
     first, second = measured_peak_bytes(target), measured_peak_bytes(target)

@@ -6,10 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from spikefit.layers import Flatten, Readout, SpikingConv2d
+from spikefit.errors import OptionError, SpikefitError
+from spikefit.layers import Dropout, Flatten, Readout, SpikingConv2d
 from spikefit.models import SpikingNetwork, create_model
-from spikefit.planning import Operations, energy_report, profile, random_sample
+from spikefit.planning import (
+    Operations,
+    energy_report,
+    profile,
+    random_sample,
+)
 from spikefit.planning.energy import exact_synops, macs_of, operations
+from spikefit.planning.target import with_targets
 
 
 def test_energy_of_a_known_network():
@@ -79,6 +86,80 @@ def test_sequences_and_convolutions_over_time(name, options):
     macs = {row.name: row.macs for row in seen.layers if row.macs}
     wanted = {"blocks.0": 9 * 8 * 8 * 17, "blocks.3": 8 * 8 * 8 * 10} if name == "har_conv" else {"blocks.0": 9 * 16}
     assert macs.items() >= wanted.items()
+
+
+def test_names_take_the_words_of_the_command_line():
+    words = {"timesteps": 2, "batch": 3, "width": 0.0625, "predict_only": True}
+    seen = [profile("vgg9", image=image, **words) for image in ("3x16x16", (3, 16, 16))]
+    seen.append(
+        profile("vgg9", input_shape=(3, 16, 16), options={"width": 0.0625}, timesteps=2, batch=3, predict_only=True)
+    )
+    assert seen[0].settings["sample_shape"] == [3, 16, 16]
+    assert seen[0].to_dict() == seen[1].to_dict() == seen[2].to_dict()
+    default = profile("mlp", hidden=[8], predict_only=True).settings
+    assert (default["timesteps"], default["batch"]) == (8, 64)
+    for words, told in (
+        ({"image": "3by3"}, "expected a shape"),
+        ({"image": "3x8x8", "shape": (3, 8, 8)}, "mean the same"),
+        ({"widht": 0.5}, "Did you mean width"),
+    ):
+        with pytest.raises(OptionError, match=told):
+            profile("vgg9", **words, predict_only=True)
+    with pytest.raises(OptionError, match=r"demo\.toml is a recipe.*build_step"):
+        profile("recipes/demo.toml")
+
+
+def test_a_profile_leaves_random_numbers_alone():
+    model = SpikingNetwork([Flatten(), Dropout(0.5), Readout(64, 3)], input_shape=(1, 8, 8))
+    x, y = random_sample((1, 8, 8), 2, 2)
+    before = torch.get_rng_state()
+    seen = profile(model, (x, y), repeats=1, backend="reference")
+    profile("mlp", hidden=[4], predict_only=True)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert seen.settings["backend"] == "reference"
+
+
+@pytest.mark.parametrize("strategy", ["lean:spikes", "lean:input"])
+def test_operations_and_rates_do_not_depend_on_the_strategy(strategy):
+    words = {"timesteps": 3, "batch": 2, "image": "3x8x8", "width": 0.125, "repeats": 1}
+    plain, lean = (profile("vgg6", strategy=s, **words) for s in ("bptt", strategy))
+    assert lean.energy == plain.energy
+    assert [(r.name, r.macs, r.spike_rate) for r in lean.layers if r.macs] == [
+        (r.name, r.macs, r.spike_rate) for r in plain.layers if r.macs
+    ]
+
+
+def test_targets_are_made_where_the_input_is():
+    x = torch.empty(3, 2, 5, device="meta")
+    made, y = with_targets(x)
+    assert made is x
+    assert (y.device, y.shape) == (x.device, (2,))
+    assert with_targets((x, y)) == (x, y)
+
+
+def wasteful_loss(logits, targets):
+    return logits.unsqueeze(0).repeat(500, 1, 1, 1).square().mean()
+
+
+def test_the_measured_step_has_the_loss_that_was_asked_for():
+    model = create_model("mlp", hidden=[4], input_shape=(1, 8, 8))
+    seen = profile(model, random_sample((1, 8, 8), 16, 64), loss=wasteful_loss, repeats=1)
+    wasted = 500 * 16 * 64 * 10 * 4
+    assert wasted < seen.measured_peak_bytes < 8 * wasted
+    named = profile("mlp", hidden=[4], image="1x8x8", timesteps=16, batch=64, loss=wasteful_loss, repeats=1)
+    assert wasted < named.measured_peak_bytes < 8 * wasted
+
+
+class OfAScript(nn.Linear):
+    pass
+
+
+def test_a_class_of_the_running_script_is_refused(monkeypatch):
+    monkeypatch.setattr(OfAScript, "__module__", "__main__")
+    x = torch.rand(2, 3, 4)
+    with pytest.raises(SpikefitError, match=r"OfAScript is defined in the script that runs.*predict_only=True"):
+        profile(OfAScript(4, 3), x, repeats=1)
+    assert profile(OfAScript(4, 3), x, predict_only=True).predicted_peak_bytes > 0
 
 
 def test_named_models_and_autocast():

@@ -129,6 +129,14 @@ def test_resume_trains_nothing_again_and_other_recipes_are_refused(compared, mon
         compare({**TINY, "seed": 7}, ["bptt"], out=out, resume=True)
 
 
+def test_half_precision_is_measured_as_it_is_trained(tmp_path):
+    recipe = load_recipe({**TINY, "train": {"epochs": 1}}).override({"batch": "32", "precision": "bf16-mixed"})
+    (row,) = compare(recipe, ["bptt"], out=tmp_path)
+    assert row["settings"]["dtype"] == "bfloat16 autocast"
+    own = next(p for p in row["memory_against_T"] if p["timesteps"] == 4)
+    assert own["saved_bytes"] == row["saved_bytes"]
+
+
 def test_a_wrong_gradient_shows(monkeypatch):
     real = FirstBatch.gradients
 

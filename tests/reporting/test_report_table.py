@@ -17,6 +17,10 @@ from spikefit.reporting.units import error, significant
         (None, "–"),
         (-2.5, "-2.50"),
         (999.9, "1,000"),
+        (1e30, "1.00e+30"),
+        (-3.21e-9, "-3.21e-09"),
+        (1e-6, "0.00000100"),
+        (123456789.0, "123,456,789"),
     ],
 )
 def test_three_significant_digits(x, text):

@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from spikefit.errors import DataError, RecipeError
+from spikefit.errors import DataError, RecipeError, SpikefitError
 from spikefit.reporting import study
 from spikefit.reporting.studies import summarise
 from spikefit.reporting.study_file import Cell
@@ -143,3 +143,21 @@ def test_mean_and_spread_have_known_values():
     (row,) = summarise(cells, records, {})
     assert (row["accuracy"], row["accuracy_spread"], row["loss_spread"], row["n"]) == (0.75, 0.25, 0.0, 3)
     assert row["history"] == [{"epoch": 1.0, "test_accuracy": 0.75}]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ('"data.root" = "nowhere", "data.name" = "mnist"', "study: odd / mnist: .*expected a folder"),
+        ('"data.augment" = ["spin"]', "study: odd / digits: .*expected some of crop"),
+        ('"model.name" = "nowhere:make"', "study: odd / digits: .*cannot find the factory"),
+        ('"train.accelerator" = "abacus"', "study: odd / digits: .*accelerator"),
+        ('"train.devices" = 2', "study: odd / digits: .*train.devices=1"),
+    ],
+)
+def test_every_row_is_checked_before_the_first_one_trains(tmp_path, change, told):
+    path = tmp_path / "odd.toml"
+    path.write_text(f'{STUDY}[[variants]]\nname = "odd"\nset = {{ {change} }}\n')
+    with pytest.raises(SpikefitError, match=told):
+        study(path, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

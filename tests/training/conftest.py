@@ -20,7 +20,6 @@ SMALL = {
 def _one_thread(monkeypatch):
     """Tiny networks gain nothing from threads, and waiting for each other takes long on a machine that is busy."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("NUMBA_NUM_THREADS", "1")
     settings = [(torch.get_num_threads, torch.set_num_threads)]
     if find_spec("numba"):
         import numba

@@ -15,9 +15,11 @@ from spikefit.training import (
     build_data,
     build_model,
     build_optimizer,
+    build_step,
     derive_seed,
     learning_rate,
     load_recipe,
+    train,
 )
 
 
@@ -27,7 +29,7 @@ def my_factory(num_classes, input_shape, width=4):
 
 
 def no_network():
-    return torch.nn.Linear(3, 3)
+    return torch.nn.Sequential(torch.nn.Flatten(2), torch.nn.Linear(64, 10))
 
 
 def test_shapes_come_from_the_data_unless_written(small):
@@ -64,10 +66,26 @@ def test_own_factory(small):
     assert model.blocks[0].synapse.out_channels == 6
     for name, told in ((":nothing", "importable"), (":my_factory", "refused")):
         wrong = load_recipe({**small().to_dict(), "model": {"name": __name__ + name, "depth": 3}})
-        with pytest.raises(RecipeError, match=told):
+        with pytest.raises(OptionError, match=told):
             build_model(wrong)
+
+
+def test_any_module_runs_under_bptt_and_no_other_strategy(small):
+    plain = load_recipe({**small(epochs="1").to_dict(), "model": {"name": f"{__name__}:no_network"}})
+    assert math.isfinite(train(plain).loss)
     with pytest.raises(StrategyError, match="contains no SpikingNetwork"):
-        build_model(load_recipe({"model": f"{__name__}:no_network"}))
+        build_model(plain.override({"strategy": "checkpoint"}))
+
+
+def test_the_step_of_a_recipe(small):
+    step = build_step(small(batch="5"))
+    assert (step.x.shape, step.y.shape) == ((3, 5, 1, 8, 8), (5,))
+    assert step.loss(step.model(step.x), step.y).isfinite()
+    double = build_step(small(precision="64-true", model="mlp"), shapes_only=True)
+    assert {t.dtype for t in (double.x, *double.model.parameters())} == {torch.float64}
+    for key, value in (("precision", "16-mixed"), ("accelerator", "cuda")):
+        with pytest.raises(OptionError, match=rf"train\.{key}.*{value}"):
+            build_step(small(**{key: value}))
 
 
 def test_encoding_and_data_fit(small, sensors, tmp_path):

@@ -26,6 +26,15 @@ def test_round_trip_keeps_every_bit_and_order(tmp_path):
     assert not [p for p in path.parent.rglob("*") if p.suffix in (".pt", ".pkl", ".bin")]
 
 
+def test_files_have_the_rights_of_ordinary_files(tmp_path):
+    save_checkpoint(tmp_path / "run", 1, {}, tensors())
+    (tmp_path / "plain").touch()
+    plain = (tmp_path / "plain").stat().st_mode
+    files = list((tmp_path / "run" / "checkpoint-00000001").iterdir())
+    assert len(files) > 1
+    assert {f.stat().st_mode for f in files} == {plain}
+
+
 def test_the_newest_two_are_kept_and_leftovers_go(tmp_path):
     for number in (1, 2, 100000000, 3):
         save_checkpoint(tmp_path, number, {}, tensors())

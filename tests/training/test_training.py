@@ -72,6 +72,12 @@ def test_evaluate_and_predict_repeat_the_record(small, tmp_path):
         evaluate("recipes/demo.toml")
 
 
+def test_spike_rates_do_not_depend_on_the_strategy(small):
+    rates = [train(small(epochs="1", lr="1e-9", strategy=s)).spike_rates for s in ("bptt", "lean")]
+    assert min(rates[0].values()) > 0
+    assert rates[0] == rates[1]
+
+
 def test_strategies_meet_the_same_batches_and_end_alike(small, tmp_path):
     changes = {"model": "vgg6", "width": "0.1", "augment": "crop:1", "encoding": "rate"}
     for name in ("bptt", "checkpoint:2"):

@@ -4,11 +4,14 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from spikefit.cli import missing
 from spikefit.errors import OptionError, SpikefitError
 
 # wherever the installed typer keeps its parser, this is the base of its complaints about the words of a command
@@ -31,6 +34,19 @@ Out = Annotated[Path | None, typer.Option("--out", help="folder for what is writ
 Debug = typer.Option("--debug", help="show the traceback of an error (may stand anywhere)")
 
 
+class Stopped(Exception):
+    """Stopped by hand; the message says what is left and how to go on."""
+
+
+@contextmanager
+def tells_what_is_left(sentence: Callable[[], str]) -> Iterator[None]:
+    """Turn Ctrl-C inside the block into `Stopped` with `sentence()`."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Stopped(f"stopped; {sentence()}") from None
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 fine, 1 an error of the program, 2 of the input, 130 stopped by hand."""
     words = sys.argv[1:] if arguments is None else list(arguments)
@@ -40,13 +56,17 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(words: list[str], debug: bool) -> int:
     try:
-        return int(app(args=words, prog_name="spikefit", standalone_mode=False) or 0)
+        code = int(app(args=words or ["--help"], prog_name="spikefit", standalone_mode=False) or 0)
+        # typer turns Ctrl-C into this number and says nothing
+        return _say("stopped; nothing was written.", code) if code == 130 else code
+    except Stopped as error:
+        return _say(str(error), 130)
     except UsageError as error:
         return _say(f"{error.format_message()} See spikefit --help.", 2)
     except typer.Exit as error:
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        return _say("stopped; the same command with --resume goes on at the last checkpoint of a run with --out.", 130)
+        return _say("stopped; nothing was written.", 130)
     except BrokenPipeError:
         # the reader of a pipe went away; nothing more can be printed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -58,6 +78,8 @@ def _run(words: list[str], debug: bool) -> int:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, ModuleNotFoundError) and (sentence := missing(error)):
+            return _say(sentence, 1)
         return _say(f"{type(error).__name__}: {error}. Run again with --debug to see where it happened.", 1)
 
 
@@ -96,6 +118,13 @@ def _finite(value: Any) -> Any:
     return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
 
 
+def _is_first_process() -> bool:
+    """Whether this process prints; a training on several devices runs the command in each of them."""
+    import torch.distributed as processes
+
+    return not (processes.is_available() and processes.is_initialized() and processes.get_rank() > 0)
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         from spikefit import __version__
@@ -127,12 +156,23 @@ def train(
 ) -> None:
     """Train a model: spikefit train recipes/demo.toml epochs=3 --out runs/first."""
     from spikefit.cli.targets import read_recipe
-    from spikefit.training import train
+    from spikefit.training import latest, train
+
+    def left() -> str:
+        if out is None:
+            return "nothing is saved, because there was no --out."
+        newest = latest(out)
+        if newest is None:
+            return f"before the first checkpoint, so nothing is saved in {out}; the same command starts again."
+        return f"{newest} is saved; the same command with --resume goes on there."
 
     recipe = read_recipe(target, read_pairs(pairs))
     if resume and out is None:
         raise OptionError("train: --resume goes on with the run in a folder; give it with --out.")
-    record = train(recipe, out=out, resume=resume, progress=True).to_dict()
+    with tells_what_is_left(left):
+        record = train(recipe, out=out, resume=resume, progress=True).to_dict()
+    if not _is_first_process():
+        return None
     if as_json:
         return print_json(record)
     from spikefit.cli.show import show_record
@@ -289,7 +329,9 @@ def compare(
 
     settings = read_pairs(pairs)
     strategies = [s.strip() for s in settings.pop("strategies", "bptt,checkpoint").split(",") if s.strip()]
-    rows = compare(read_recipe(target, settings), strategies, out=out, resume=resume, progress=True)
+    kept = f"the trainings in {out} are saved; the same command with --resume goes on with them."
+    with tells_what_is_left(lambda: "nothing is saved, because there was no --out." if out is None else kept):
+        rows = compare(read_recipe(target, settings), strategies, out=out, resume=resume, progress=True)
     if as_json:
         return print_json(rows)
     print(table_text(rows))
@@ -307,7 +349,8 @@ def study(
     from spikefit.cli.show import show_study
     from spikefit.reporting import study
 
-    rows = study(target, out=out, progress=True)
+    with tells_what_is_left(lambda: "finished runs are saved; the same command goes on with the next one."):
+        rows = study(target, out=out, progress=True)
     if as_json:
         return print_json(rows)
     show_study(target, rows, out)

@@ -6,8 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from spikefit.reporting.table import as_text, grid
-
-MIB = 1 << 20
+from spikefit.reporting.units import MIB
 
 
 def _print(header: list[str], body: list[list[str]], *, caption: str | None = None, text: int = 1) -> None:
@@ -49,7 +48,7 @@ def show_evaluation(result: dict[str, Any]) -> None:
         [
             [f"{result['split']} accuracy", f"{100 * result['accuracy']:.2f} % of {result['samples']} samples"],
             ["loss", f"{result['loss']:.4f}"],
-            ["mean firing rate", f"{100 * result['spike_rate']:.1f} %"],
+            ["mean firing rate", _or(result["spike_rate"], lambda v: f"{100 * v:.1f} %")],
             ["checkpoint", result["checkpoint"]],
         ],
         text=2,
@@ -107,6 +106,7 @@ def show_profile(target: str, result: dict[str, Any]) -> None:
         ["kept for backward", f"{result['saved_bytes'] / MIB:.1f} MiB"],
         *[[name, f"{count / MIB:.1f} MiB"] for name, count in result["categories"].items()],
         ["peak of a step, predicted", f"{result['predicted_peak_bytes'] / MIB:.1f} MiB above weights and input"],
+        ["the prediction is", settings["prediction"]],
         ["peak of a step, measured", _or(measured, lambda v: f"{v / MIB:.1f} MiB above weights and input")],
         ["time of a step", _or(seconds, lambda v: f"{1000 * v:.1f} ms (median)")],
         ["energy of one inference", _or(energy["snn_pj"], lambda v: f"{v * 1e-6:.2f} uJ")],

@@ -1,35 +1,32 @@
 """From the words of the command line to recipes, models and samples."""
 
-from dataclasses import dataclass
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from spikefit.data import Dataset
 from spikefit.data.images import SUFFIXES, read_image
 from spikefit.data.nmnist import read_events
 from spikefit.engines import Plan
 from spikefit.errors import DataError, OptionError
-from spikefit.models import MODELS, use_strategy
+from spikefit.models import MODELS
 from spikefit.ops.dispatch import use_backend
 from spikefit.planning import (
     Diagnosis,
     MemoryReport,
     Profile,
-    Target,
     Verdict,
     doctor,
     plan,
     profile,
-    random_sample,
     report,
     verify,
 )
-from spikefit.planning.target import LossFunction, training_step
-from spikefit.training import Recipe, build_loss, build_model, load_recipe
+from spikefit.planning.target import Step, training_step
+from spikefit.training import Recipe, build_step, load_recipe
 from spikefit.training.options import near
 
 
@@ -52,66 +49,14 @@ def read_recipe(target: str, changes: dict[str, str]) -> Recipe:
     return recipe.override(changes) if changes else recipe
 
 
-@dataclass(frozen=True)
-class Step:
-    """One training step of a target: its model, a random batch of the right shape, and how it runs."""
-
-    model: nn.Module
-    x: Tensor
-    y: Tensor
-    loss: LossFunction
-    backend: str
-    autocast: bool
-
-    @property
-    def sample(self) -> tuple[Tensor, Tensor]:
-        """(inputs, targets)."""
-        return self.x, self.y
-
-
-def read_step(verb: str, target: str, changes: dict[str, str]) -> Step:
-    """The step that `target` and the settings describe; keys as in a recipe.
-
-    Raises:
-        OptionError: the target does not say what it takes.
-    """
-    recipe = read_recipe(target, changes)
-    model = _model(recipe)
-    shape = getattr(model, "input_shape", None) or recipe.model.input_shape
-    if shape is None:
-        raise OptionError(f"{verb}: {target} has no input_shape; give image=CxHxW or shape=C.")
-    timesteps = getattr(model, "timesteps", None) or recipe.encoding.timesteps
-    if timesteps is None:
-        raise OptionError(f"{verb}: the recipe takes the time steps from its data; give encoding=repeat timesteps=T.")
-    repeated = len(shape) == 3 and recipe.encoding.name == "repeat"
-    x, y = random_sample(tuple(shape), timesteps, recipe.data.batch_size, repeated=repeated)
-    precision = recipe.train.precision
-    if precision == "64-true":
-        # only the first step is converted, so that a repeated one stays a view
-        model, x = model.double(), x[:1].double().expand(x.shape) if x.stride(0) == 0 else x.double()
-    return Step(model, x, y, build_loss(recipe), recipe.backend, precision == "bf16-mixed")
-
-
-def _model(recipe: Recipe) -> nn.Module:
-    """The model of a recipe; unlike for training, a factory may return any torch module."""
-    if ":" not in recipe.model.name:
-        return build_model(recipe)
-    options = {k: v for k, v in recipe.model.options().items() if k != "input_shape"}
-    model = Target(recipe.model.name, options=options).build()
-    return model if recipe.strategy.name == "bptt" else use_strategy(model, recipe.strategy.model_dump())
+def read_step(target: str, changes: dict[str, str], *, shapes_only: bool = False) -> Step:
+    """The step that `target` and the settings describe; keys as in a recipe."""
+    return build_step(read_recipe(target, changes), shapes_only=shapes_only)
 
 
 def profile_target(target: str, changes: dict[str, str], *, predict_only: bool) -> Profile:
     """Profile one training step of `target` on random input of the right shape."""
-    step = read_step("profile", target, changes)
-    return profile(
-        step.model,
-        step.sample,
-        predict_only=predict_only,
-        backend=step.backend,
-        loss=step.loss,
-        autocast=step.autocast,
-    )
+    return profile(read_step(target, changes, shapes_only=predict_only), predict_only=predict_only)
 
 
 def plan_target(target: str, changes: dict[str, str]) -> Plan:
@@ -125,14 +70,15 @@ def plan_target(target: str, changes: dict[str, str]) -> Plan:
         raise OptionError("plan: give the memory there is, budget=4GB (or budget=least).")
     budget = settings.pop("budget")
     optimizer = settings.get("optimizer")
-    step = read_step("plan", target, settings)
+    step = read_step(target, settings, shapes_only=True)
     limit = None if budget == "least" else budget
-    return plan(step.model, step.sample, limit, optimizer=optimizer, loss=step.loss, autocast=step.autocast)
+    with use_backend(step.backend):
+        return plan(step.model, step.sample, limit, optimizer=optimizer, loss=step.loss, autocast=step.autocast)
 
 
 def verify_target(target: str, changes: dict[str, str]) -> Verdict:
     """Verify the strategy of `target` on random input."""
-    step = read_step("verify", target, changes)
+    step = read_step(target, changes)
     return verify(step.model, step.sample, loss=step.loss, backend=step.backend, autocast=step.autocast)
 
 
@@ -140,10 +86,11 @@ def report_target(target: str, changes: dict[str, str]) -> MemoryReport:
     """Report the strategy of `target`, or the plan for the setting `budget`."""
     settings = dict(changes)
     budget, optimizer = settings.pop("budget", None), settings.get("optimizer")
-    step = read_step("report", target, settings)
+    step = read_step(target, settings, shapes_only=True)
     options: dict[str, Any] = {"optimizer": optimizer, "loss": step.loss, "autocast": step.autocast}
-    made = None if budget is None else plan(step.model, step.sample, budget, **options)
-    return report(step.model, step.sample, made, **options)
+    with use_backend(step.backend):
+        made = None if budget is None else plan(step.model, step.sample, budget, **options)
+        return report(step.model, step.sample, made, **options)
 
 
 def doctor_target(target: str, changes: dict[str, str]) -> Diagnosis:
@@ -152,7 +99,7 @@ def doctor_target(target: str, changes: dict[str, str]) -> Diagnosis:
     Raises:
         Exception: what the model raises.
     """
-    step = read_step("doctor", target, changes)
+    step = read_step(target, changes)
     model = step.model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 
@@ -209,12 +156,29 @@ def read_samples(file: Path, recipe: Recipe) -> Any:
 
 
 def _array(file: Path) -> torch.Tensor:
-    """The first array of a .npy or .npz, as [n, ...]."""
+    """The first array of a .npy or .npz, as [n, ...] of finite numbers.
+
+    Raises:
+        DataError: nothing in it, or something else than such numbers.
+    """
     try:
         content = np.load(file, allow_pickle=False)
         if isinstance(content, np.ndarray):
-            return torch.from_numpy(np.array(content))
-        with content:
-            return torch.from_numpy(np.array(content[content.files[0]]))
-    except (ValueError, OSError, EOFError, IndexError, TypeError) as error:
+            array = content
+        else:
+            with content:
+                if not content.files:
+                    raise DataError(f"predict: expected an array of samples in {file}, found none.")
+                array = content[content.files[0]]
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"predict: {file} cannot be read as a plain array ({error}).") from None
+    if array.dtype.kind not in "fiub":
+        raise DataError(
+            f"predict: expected real numbers in {file}, got {array.dtype}; save them with numpy.save as float32."
+        )
+    if array.ndim == 0 or array.size == 0:
+        raise DataError(f"predict: expected samples [n, ...] in {file}, got an array of shape {array.shape}.")
+    if not np.isfinite(array).all():
+        raise DataError(f"predict: expected finite numbers in {file}, got some that are NaN or infinite.")
+    # bytes are pixels of 0 to 255; the others torch may not know (uint32), so they become what the model takes
+    return torch.from_numpy(array.copy() if array.dtype == np.uint8 else array.astype(np.float32))

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from spikefit.errors import StrategyError
 from spikefit.layers import SpikingUnit, frozen_statistics
 from spikefit.layers.packed import Spikes, dense
+from spikefit.ops.dispatch import resolve, use_backend
 
 State = tuple[Any, ...]
 
@@ -51,7 +53,7 @@ def run_checkpointed(blocks: list[nn.Module], x: Tensor, state: State, option: s
     """
     if not torch.is_grad_enabled():
         return run_plain(blocks, x, state)
-    length = run_length(len(blocks), option)
+    length, backend = run_length(len(blocks), option), resolve("auto")
     after: list[Any] = []
     for i in range(0, len(blocks), length):
         run = slice(i, i + length)
@@ -61,10 +63,17 @@ def run_checkpointed(blocks: list[nn.Module], x: Tensor, state: State, option: s
             x,
             state[run],
             use_reentrant=False,
-            context_fn=lambda: (contextlib.nullcontext(), frozen_statistics()),
+            context_fn=lambda: (contextlib.nullcontext(), _second_pass(backend)),
         )
         after.extend(s)
     return x, tuple(after)
+
+
+@contextlib.contextmanager
+def _second_pass(backend: str) -> Iterator[None]:
+    """Statistics stand still, and `use_backend` is what it was in the first pass, wherever backward is called."""
+    with frozen_statistics(), use_backend(backend):
+        yield
 
 
 def run_length(blocks: int, option: str | None) -> int:

@@ -19,11 +19,13 @@ from spikefit.errors import SpikefitError
 from spikefit.layers import BatchNorm, Readout, SpikingUnit
 from spikefit.layers.packed import PackedSpikes
 from spikefit.neurons import LeakyReadout, SpikingNeuron
-from spikefit.planning.target import LossFunction, mean_cross_entropy
+from spikefit.planning.target import LossFunction, mean_cross_entropy, with_targets
 
 # What live tensors do not show: buffers inside oneDNN, rounding to pages, small blocks of the heap. Chosen so that the
 # measured peak of the networks in tests/planning lies below the prediction.
 MARGIN, CONSTANT = 0.10, 1 << 18
+# Live bytes from which a prediction is a promise: below, the heap of the process and the stacks of threads count too.
+PROMISED_FROM = 1 << 24
 
 # Kept bytes by what keeps them; "segment" is the input of a checkpointed run of units.
 CATEGORIES = ("packed spikes", "weight input", "norm input", "neuron input", "pool", "segment", "other")
@@ -215,6 +217,19 @@ class PredictedBytes:
         return int((1 + MARGIN) * live) + CONSTANT
 
 
+def reliability(model: nn.Module, x: Tensor, peak: int, *, autocast: bool) -> str:
+    """What the predicted `peak` of a step is worth: a promise, or an estimate with the reason why it is no more."""
+    lean = any(getattr(m, "keep", "all") != "all" for m in model.modules())
+    reasons = {
+        "half precision: float32 copies inside kernels are not counted": autocast or x.element_size() < 4,
+        f"below {PROMISED_FROM >> 20} MiB the heap of the process counts too": peak < PROMISED_FROM,
+        "lean: the step may take a quarter less": lean,
+        "made for the CPU": x.device.type != "cpu",
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    return f"estimate ({'; '.join(found)})" if found else "measured <= predicted <= 1.15 measured"
+
+
 def predicted_bytes(
     model: nn.Module, x: Tensor, y: Tensor, *, loss: LossFunction = mean_cross_entropy, autocast: bool = False
 ) -> PredictedBytes:
@@ -231,7 +246,8 @@ def predicted_bytes(
 
     Returns:
         PredictedBytes; the peak counts activations, gradients and working memory, but not weights, buffers and input,
-        which exist before the step.
+        which exist before the step. For bptt and checkpoint without autocast, on the CPU and from 16 MiB on, measured
+        <= peak <= 1.15 measured; `reliability` says for a step whether it is such a one.
 
     Raises:
         SpikefitError: the model's forward depends on values of tensors, which fake tensors do not have.
@@ -294,7 +310,13 @@ def _staged(model: nn.Module, live: _LiveBytes) -> Iterator[None]:
 
 
 def _fake(mode: Any, t: Tensor) -> Tensor:
-    made = mode.from_tensor(t.detach(), static_shapes=True)
+    from torch._subclasses.fake_tensor import FakeTensor  # here, because torch then loads its compiler
+
+    if isinstance(t, FakeTensor):  # of another mode
+        with mode:
+            made = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+    else:
+        made = mode.from_tensor(t.detach(), static_shapes=True)
     return made.requires_grad_(t.requires_grad)
 
 
@@ -333,5 +355,5 @@ def saved_bytes(
     Returns:
         SavedBytes.
     """
-    y = torch.zeros(x.shape[1], dtype=torch.int64) if y is None else y
+    x, y = with_targets(x if y is None else (x, y))
     return predicted_bytes(model, x, y, loss=loss).saved

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from spikefit.errors import OptionError
 from spikefit.layers import Readout, SpikingConv1d, SpikingUnit
+from spikefit.layers.packed import Spikes, dense
 from spikefit.models import SpikingNetwork, use_strategy
 from spikefit.neurons import SpikingNeuron
 from spikefit.ops.dispatch import installed, resolve, use_backend
 from spikefit.planning.energy import Operations, energy_report, macs_of, operations
 from spikefit.planning.measured import cuda_peak_bytes, measured_peak_bytes, measured_peak_bytes_of
-from spikefit.planning.memory import SavedBytes, predicted_bytes
-from spikefit.planning.target import LossFunction, Target, mean_cross_entropy, training_step
+from spikefit.planning.memory import SavedBytes, predicted_bytes, reliability
+from spikefit.planning.target import LossFunction, Step, Target, mean_cross_entropy, training_step, with_targets
+from spikefit.planning.verify import plain_bptt
 
 
 @dataclass
@@ -50,14 +52,16 @@ class Profile:
     """What one training step costs.
 
     Attributes:
-        predicted_peak_bytes: peak above the level before the step, from shapes alone.
+        predicted_peak_bytes: peak above the level before the step, from shapes alone; settings["prediction"] says
+            whether that is a promise or an estimate.
         measured_peak_bytes: the same measured, on CPU in a fresh process; None if only predicted.
         saved_bytes: held between forward and backward, each storage once.
         step_seconds: median time of a step; None if only predicted.
         layers: one row per layer.
         energy: see `energy_report`.
         categories: bytes of weights, gradients, buffers, input, and of what is held for backward by category.
-        settings: T, batch, dtype, reset, strategy, backend, threads, versions: what belongs beside every ratio.
+        settings: T, batch, dtype, reset, strategy, backend (as asked for), threads, versions: what belongs beside every
+            ratio.
     """
 
     predicted_peak_bytes: int
@@ -75,7 +79,7 @@ class Profile:
 
 
 def profile(
-    model: nn.Module | str | Target,
+    model: nn.Module | str | Target | Step,
     sample: Tensor | tuple[Tensor, Tensor] | None = None,
     *,
     predict_only: bool = False,
@@ -89,7 +93,8 @@ def profile(
     """Measure one training step: bytes by layer and category, peak, time, rates, operations, energy.
 
     Args:
-        model: a module, the name of a zoo model, "package.module:factory", or a `Target`.
+        model: a module, the name of a zoo model, "package.module:factory", a `Target`, or the `Step` of a recipe
+            (`spikefit.training.build_step`).
         sample: input [T, B, ...], or (input, targets); needed for a module, made at random for a name.
         predict_only: run on shapes alone; nothing is allocated, and there are no times, rates or energies.
         strategy: set before profiling; None leaves the model as it is.
@@ -97,7 +102,8 @@ def profile(
         loss: (logits, targets) -> scalar.
         autocast: run under bfloat16 autocast.
         repeats: timed steps; the median counts.
-        **target_options: fields of `Target` for a name: timesteps, batch, input_shape, options, encoding, dtype.
+        **target_options: for a name, words as on the command line: fields of `Target` (timesteps, batch, encoding,
+            dtype), image="3x32x32", and options of the model (width=0.5).
 
     Returns:
         Profile.
@@ -106,54 +112,46 @@ def profile(
         OptionError: a module without a sample, or an option that does not apply.
         SpikefitError: the model cannot run on fake tensors, or cannot be handed to a fresh process.
 
+    Random numbers, gradients and buffers are afterwards as they were.
+
     Example:
-        profile("vgg9", timesteps=4, batch=8, strategy="checkpoint").measured_peak_bytes
+        profile("vgg9", timesteps=4, batch=8, image="3x32x32", strategy="checkpoint").measured_peak_bytes
     """
     target: Target | None = None
     if isinstance(model, str):
-        target = Target(model, strategy=strategy or "bptt", backend=backend, **target_options)
+        target = Target.named(model, strategy=strategy or "bptt", backend=backend, **target_options)
     elif isinstance(model, Target):
         target = model
+    if sample is not None and not isinstance(model, nn.Module):
+        raise OptionError("profile: a named model makes its own sample; give timesteps, batch and input_shape in it.")
+    if target_options and not isinstance(model, str):
+        raise OptionError(
+            f"profile: {', '.join(target_options)} apply to a model given by name; a module needs sample=x."
+        )
     if target is not None:
-        if sample is not None or (isinstance(model, Target) and target_options):
-            raise OptionError(
-                "profile: a named model makes its own sample; give timesteps, batch and input_shape in it."
-            )
-        backend, autocast = target.backend, target.dtype == "bfloat16"
-        module = target.build()
-        x, y = target.sample(module)
+        step = target.step(loss, shapes_only=predict_only)
+    elif isinstance(model, Step):
+        step = model
     else:
-        if target_options:
-            raise OptionError(
-                f"profile: {', '.join(target_options)} apply to a model given by name; a module needs sample=x."
-            )
         if sample is None:
             raise OptionError(
                 "profile: a module needs a sample, sample=x with x of shape [T, B, ...], or sample=(x, targets)."
             )
-        module = model  # type: ignore[assignment]
-        x, y = sample if isinstance(sample, tuple) else (sample, torch.zeros(sample.shape[1], dtype=torch.int64))
-        if strategy is not None:
-            use_strategy(module, strategy)
-    with use_backend(backend):
-        return _profile(module, x, y, target, loss, autocast, predict_only, repeats)
+        step = Step(cast(nn.Module, model), *with_targets(sample), loss, backend, autocast)
+    if strategy is not None and target is None:
+        use_strategy(step.model, strategy)
+    devices = [step.x.device] if step.x.is_cuda else []
+    with use_backend(step.backend), torch.random.fork_rng(devices=devices):
+        return _profile(step, target, predict_only, repeats)
 
 
-def _profile(
-    module: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    target: Target | None,
-    loss: LossFunction,
-    autocast: bool,
-    predict_only: bool,
-    repeats: int,
-) -> Profile:
+def _profile(step: Step, target: Target | None, predict_only: bool, repeats: int) -> Profile:
+    module, x, y, loss, autocast = step.model, step.x, step.y, step.loss, step.autocast
     was_training = module.training
     module.train()
     try:
         predicted = predicted_bytes(module, x, y, loss=loss, autocast=autocast)
-        counted = _shapes(module, x)
+        counted = _shapes(module, x, autocast)
         rates: dict[str, float] = {}
         seconds = peak = None
         if not predict_only:
@@ -162,9 +160,9 @@ def _profile(
             if x.is_cuda:
                 peak = cuda_peak_bytes(module, x, y, loss, autocast=autocast)
             elif target is not None:
-                peak = measured_peak_bytes(target)
+                peak = measured_peak_bytes(target, loss)
             else:
-                peak = measured_peak_bytes_of(module, x, y, backend=resolve("auto"), autocast=autocast)
+                peak = measured_peak_bytes_of(module, x, y, loss, backend=step.backend, autocast=autocast)
     finally:
         module.train(was_training)
     return Profile(
@@ -175,12 +173,21 @@ def _profile(
         layers=_rows(module, predicted.saved, counted, rates),
         energy=energy_report(list(counted.values())),
         categories=_categories(module, x, predicted.saved),
-        settings=_settings(module, x, autocast),
+        settings={
+            **_settings(module, x, autocast),
+            "prediction": reliability(module, x, predicted.peak, autocast=autocast),
+        },
     )
 
 
 def memory_against_timesteps(
-    model: nn.Module, x: Tensor, y: Tensor | None = None, *, timesteps: Sequence[int] = (4, 8, 16, 32)
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    timesteps: Sequence[int] = (4, 8, 16, 32),
+    loss: LossFunction = mean_cross_entropy,
+    autocast: bool = False,
 ) -> list[dict[str, int]]:
     """Predicted bytes of a training step for other numbers of time steps.
 
@@ -189,17 +196,20 @@ def memory_against_timesteps(
         x: input [T, B, ...]; its first step stands for all.
         y: targets [B].
         timesteps: the values of T.
+        loss: (logits, targets) -> scalar.
+        autocast: under bfloat16 autocast.
 
     Returns:
         One {timesteps, saved_bytes, predicted_peak_bytes} per T.
     """
-    y = torch.zeros(x.shape[1], dtype=torch.int64) if y is None else y
+    x, y = with_targets(x if y is None else (x, y))
     fixed = [m.timesteps for m in model.modules() if isinstance(m, SpikingNetwork) and m.timesteps is not None]
     repeated = x.stride(0) == 0 or x.shape[0] == 1
     rows = []
     for T in fixed[:1] or timesteps:
         sequence = x[:1].expand(T, *x.shape[1:])
-        predicted = predicted_bytes(model, sequence if repeated else sequence.contiguous(), y)
+        sequence = sequence if repeated else sequence.contiguous()
+        predicted = predicted_bytes(model, sequence, y, loss=loss, autocast=autocast)
         rows.append({"timesteps": T, "saved_bytes": predicted.saved.total, "predicted_peak_bytes": predicted.peak})
     return rows
 
@@ -223,13 +233,18 @@ def _over_time(layer: nn.Module) -> bool:
     return isinstance(layer, SpikingConv1d) and layer.over == "time"
 
 
+@torch.no_grad()
+def _unpacked(x: Spikes) -> Tensor:
+    return dense(x)
+
+
 class _Inputs:
     """Calls `note(name, layer, x)` with the input of every unit and read-out during a forward."""
 
     def __init__(self, module: nn.Module, note: Any) -> None:
         layers = {n: m for n, m in module.named_modules() if isinstance(m, SpikingUnit | Readout)}
         self.handles = [
-            layer.register_forward_pre_hook(lambda m, inputs, n=name: note(n, m, inputs[0]))
+            layer.register_forward_pre_hook(lambda m, inputs, n=name: note(n, m, _unpacked(inputs[0])))
             for name, layer in layers.items()
         ]
 
@@ -247,7 +262,7 @@ def _as_operations(layer: SpikingUnit | Readout, x: Tensor) -> Operations:
     return operations(_synapse(layer), sequence.detach(), _output_shape(layer, x))
 
 
-def _shapes(module: nn.Module, x: Tensor) -> dict[str, Operations]:
+def _shapes(module: nn.Module, x: Tensor, autocast: bool) -> dict[str, Operations]:
     """Operations from shapes alone."""
     counted: dict[str, Operations] = {}
 
@@ -257,7 +272,7 @@ def _shapes(module: nn.Module, x: Tensor) -> dict[str, Operations]:
         counted[name] = Operations(macs, 1 if once else x.shape[0], False, None)
 
     with _Inputs(module, note):
-        predicted_bytes(module, x, torch.zeros(x.shape[1], dtype=torch.int64), loss=lambda logits, _: logits.sum())
+        predicted_bytes(module, *with_targets(x), loss=lambda logits, _: logits.sum(), autocast=autocast)
     return counted
 
 
@@ -272,7 +287,8 @@ def _observe(module: nn.Module, x: Tensor, autocast: bool) -> tuple[dict[str, Op
         if isinstance(m, SpikingNeuron)
     ]
     with _Inputs(module, lambda name, layer, x: counted.__setitem__(name, _as_operations(layer, x))), torch.no_grad():
-        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
+        # the forward does not depend on the strategy, but units that pack do not call their neurons
+        with plain_bptt(module), torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
             module(x)
         for name, b in module.named_buffers():
             b.copy_(buffers[name])
@@ -357,6 +373,7 @@ def _settings(module: nn.Module, x: Tensor, autocast: bool) -> dict[str, Any]:
         "reset": ", ".join(resets),
         "detach_reset": sorted({n.detach_reset for n in neurons}),
         "strategy": ", ".join(sorted({str(n.strategy) for n in networks})) or "bptt",
+        "backend": resolve("auto"),
         "device": str(x.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -12,7 +12,7 @@ from spikefit.engines import Plan
 from spikefit.layers import SpikingUnit
 from spikefit.planning.memory import PredictedBytes, predicted_bytes
 from spikefit.planning.plan import largest_size, show_bytes, static_bytes
-from spikefit.planning.target import LossFunction, mean_cross_entropy
+from spikefit.planning.target import LossFunction, mean_cross_entropy, with_targets
 from spikefit.planning.verify import plain_bptt
 
 LONGEST = 16
@@ -101,7 +101,7 @@ def report(
     Raises:
         PlanError: the plan belongs to another model, or the forward cannot be traced.
     """
-    x, y = sample if isinstance(sample, tuple) else (sample, torch.zeros(sample.shape[1], dtype=torch.int64))
+    x, y = with_targets(sample)
     training = model.training
     model.train()
     try:

@@ -1,16 +1,19 @@
 """What is profiled: a model, and one training step on a batch of it."""
 
 import importlib
+import inspect
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spikefit.engines import parse_strategy
 from spikefit.errors import OptionError
 from spikefit.models import SpikingNetwork, create_model, use_strategy
 
@@ -37,8 +40,8 @@ class Target:
     options: dict[str, Any] = field(default_factory=dict)
     strategy: str = "bptt"
     backend: str = "auto"
-    timesteps: int = 4
-    batch: int = 8
+    timesteps: int = 8
+    batch: int = 64
     input_shape: tuple[int, ...] | None = None
     encoding: str | None = None
     dtype: str = "float32"
@@ -58,16 +61,14 @@ class Target:
         options = dict(self.options)
         if self.input_shape is not None:
             options.setdefault("input_shape", tuple(self.input_shape))
-        torch.manual_seed(0)
-        if ":" in self.model:
-            model = _factory(self.model)(**options)
-            if not isinstance(model, nn.Module):
-                raise OptionError(f"profile: {self.model} must return a torch module, got {type(model).__name__}.")
-        else:
-            model = create_model(self.model, **options)
-        if self.strategy != "bptt" or any(isinstance(m, SpikingNetwork) for m in model.modules()):
-            use_strategy(model, self.strategy)
-        return model.double() if self.dtype == "float64" else model.float()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            if ":" in self.model:
+                model = make_own(self.model, options, optional=("input_shape",))
+            else:
+                model = create_model(self.model, **options)
+        set_strategy(model, self.strategy)
+        return in_dtype(model, torch.float64 if self.dtype == "float64" else torch.float32)
 
     def sample(self, model: nn.Module) -> tuple[Tensor, Tensor]:
         """Random input [T, B, ...] and targets [B] of the right shapes."""
@@ -75,19 +76,86 @@ class Target:
         if shape is None:
             raise OptionError(f"profile: {self.model} has no input_shape; give image=CxHxW or input_shape=C.")
         repeated = None if self.encoding is None else self.encoding == "repeat"
-        x, y = random_sample(tuple(shape), self.timesteps, self.batch, repeated=repeated)
-        if self.dtype == "float64":
-            # only the first step is converted, so that a repeated one stays a view
-            x = x[:1].double().expand(x.shape) if x.stride(0) == 0 else x.double()
-        return x, y
+        dtype = torch.float64 if self.dtype == "float64" else torch.float32
+        return random_sample(tuple(shape), self.timesteps, self.batch, repeated=repeated, dtype=dtype)
+
+    def step(self, loss: "LossFunction | None" = None, *, shapes_only: bool = False) -> "Step":
+        """Its training step; with `shapes_only` of tensors that have no memory, enough for all that is predicted."""
+        with no_memory(shapes_only):
+            model = self.build()
+            x, y = self.sample(model)
+        return Step(model, x, y, loss or mean_cross_entropy, self.backend, self.dtype == "bfloat16")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON can hold them."""
         return asdict(self)
 
+    @classmethod
+    def named(cls, model: str, **settings: Any) -> "Target":
+        """A target from words as the command line has them.
+
+        Args:
+            model: as above.
+            **settings: the fields above; `image` or `shape`, "3x32x32" or (3, 32, 32), for `input_shape`; every other
+                word is an option of the model, such as width.
+
+        Raises:
+            OptionError: a recipe file, a shape that cannot be read, or one given twice.
+        """
+        if model.endswith(".toml"):
+            raise OptionError(
+                f"profile: {model} is a recipe, which says more than a model; make its step with "
+                f'spikefit.training.build_step("{model}") and profile that.'
+            )
+        shapes = {k: settings.pop(k) for k in ("image", "shape", "input_shape") if settings.get(k) is not None}
+        if len(shapes) > 1:
+            raise OptionError(f"profile: {' and '.join(shapes)} mean the same; give one of them.")
+        own = {f.name for f in fields(cls)} - {"model", "options"}
+        options = {**(settings.pop("options", None) or {}), **{k: v for k, v in settings.items() if k not in own}}
+        shape = read_shape(next(iter(shapes.values()))) if shapes else None
+        return cls(model, options=options, input_shape=shape, **{k: v for k, v in settings.items() if k in own})
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step: a model with a batch of the right shape, and how it runs."""
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    loss: LossFunction
+    backend: str = "auto"
+    autocast: bool = False
+
+    @property
+    def sample(self) -> tuple[Tensor, Tensor]:
+        """(inputs, targets)."""
+        return self.x, self.y
+
+
+def read_shape(value: Any) -> tuple[int, ...]:
+    """(3, 32, 32) of "3x32x32", of a whole number or of whole numbers.
+
+    Raises:
+        OptionError: anything else.
+    """
+    sides = value.split("x") if isinstance(value, str) else [value] if isinstance(value, int) else value
+    try:
+        shape = tuple(int(side) for side in sides)
+    except (TypeError, ValueError):
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise OptionError(f"profile: expected a shape like 3x32x32 or (3, 32, 32), got {value!r}.")
+    return shape
+
 
 def random_sample(
-    shape: tuple[int, ...], timesteps: int, batch: int, *, repeated: bool | None = None
+    shape: tuple[int, ...],
+    timesteps: int,
+    batch: int,
+    *,
+    repeated: bool | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Random input [T, B, *shape] in [0, 1) and targets [B].
 
@@ -95,28 +163,95 @@ def random_sample(
         shape: of one sample.
         timesteps, batch: T and B.
         repeated: one sample at every step, as static images are shown; None does so for images (C, H, W).
+        dtype: of the input.
     """
     generator = torch.Generator().manual_seed(0)
     if repeated is None:
         repeated = len(shape) == 3
-    x = torch.rand((1 if repeated else timesteps, batch, *shape), generator=generator)
+    x = torch.rand((1 if repeated else timesteps, batch, *shape), generator=generator, dtype=dtype)
     return x.expand(timesteps, *x.shape[1:]), torch.zeros(batch, dtype=torch.int64)
 
 
-def _factory(text: str) -> Callable[..., Any]:
-    """The object behind "package.module:name"."""
+def with_targets(sample: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """(inputs, targets) of a sample; where there are no targets, class 0 for everyone."""
+    if isinstance(sample, tuple):
+        return sample
+    return sample, torch.zeros(sample.shape[1], dtype=torch.int64, device=sample.device)
+
+
+def load_factory(text: str) -> Callable[..., Any]:
+    """The object behind "package.module:name", from the working directory too.
+
+    Raises:
+        OptionError: it cannot be imported or called.
+    """
     module, _, name = text.partition(":")
+    # an installed program does not look for modules where it was started
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise OptionError(
-            f"profile: cannot find the factory {text!r} ({error}); write package.module:function."
+            f"model {text}: cannot find the factory ({error}); write package.module:function, importable from here."
         ) from None
     if not callable(found):
-        raise OptionError(f"profile: {text} is no function; expected a factory that returns a model.")
+        raise OptionError(f"model {text}: expected a function that returns a model, got {type(found).__name__}.")
     return found
+
+
+def make_own(text: str, options: Mapping[str, Any], *, optional: Collection[str] = ()) -> nn.Module:
+    """The model that "package.module:name" makes of `options`; those in `optional` only where it takes them.
+
+    Raises:
+        OptionError: no such factory, it does not take the options, or it returns no torch module.
+    """
+    factory = load_factory(text)
+    signature = inspect.signature(factory)
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    chosen = {k: v for k, v in options.items() if k not in optional or takes_all or k in signature.parameters}
+    try:
+        signature.bind(**chosen)
+    except TypeError as error:
+        known = ", ".join(signature.parameters) or "none"
+        raise OptionError(f"model {text}: it refused the options; {error}. It takes: {known}.") from None
+    model = factory(**chosen)
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model {text}: expected a torch module from the factory, got {type(model).__name__}.")
+    return model
+
+
+def set_strategy(model: nn.Module, strategy: Any) -> nn.Module:
+    """As `use_strategy`, but any torch module runs under plain bptt, which is what it does anyway."""
+    plain = parse_strategy(strategy).name == "bptt"
+    if plain and not any(isinstance(m, SpikingNetwork) for m in model.modules()):
+        return model
+    return use_strategy(model, strategy)
+
+
+def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`model.to(dtype)`, also for tensors without memory, which `to` cannot exchange."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, t in table.items():
+                if t is not None and t.is_floating_point() and t.dtype != dtype:
+                    cast = t.detach().to(dtype)
+                    cast = nn.Parameter(cast, t.requires_grad) if isinstance(t, nn.Parameter) else cast
+                    table[name] = made.setdefault(id(t), cast)  # type: ignore[assignment]
+    return model
+
+
+@contextmanager
+def no_memory(wanted: bool = True) -> Iterator[None]:
+    """Tensors made in the block have a shape and a device but no memory, unless `wanted` is False."""
+    if not wanted:
+        yield
+        return
+    from torch._subclasses.fake_tensor import FakeTensorMode  # here, because torch then loads its compiler
+
+    with FakeTensorMode():
+        yield
 
 
 def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

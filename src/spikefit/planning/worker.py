@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from spikefit.ops.dispatch import use_backend
-from spikefit.planning.target import Target, training_step
+from spikefit.planning.target import Step, training_step
 
 STATUS = Path("/proc/self/status")
 
@@ -27,26 +28,23 @@ def resident(field: str = "VmRSS") -> int:
 def main() -> None:
     job: dict[str, Any] = json.load(sys.stdin)
     torch.set_num_threads(job["threads"])
-    if "target" in job:
-        target = Target(
-            **{**job["target"], "input_shape": job["target"]["input_shape"] and tuple(job["target"]["input_shape"])}
-        )
-        model, autocast, backend = target.build(), target.dtype == "bfloat16", target.backend
-        x, y = target.sample(model)
-    else:
-        # the file was written a moment ago by the process that started this one
-        model, x, y = torch.load(job["file"], weights_only=False)
-        autocast, backend = job["autocast"], job["backend"]
+    # the file was written a moment ago by the process that started this one
+    content = torch.load(job["file"], weights_only=False)
+    step = content if isinstance(content, Step) else content[0].step(content[1])
+    model, x, y = step.model, step.x, step.y
+
+    def train(x: Tensor, y: Tensor) -> None:
+        training_step(model, x, y, step.loss, autocast=step.autocast)
+
     model.train()
-    with use_backend(backend):
+    with use_backend(step.backend):
         # two samples load libraries and compile kernels, which is no memory of the step
-        small = x[:, :2], y[:2]
         for _ in range(2):
-            training_step(model, *small, autocast=autocast)
+            train(x[:, :2], y[:2])
             model.zero_grad(set_to_none=True)
         gc.collect()
         before = resident()
-        peak = _peak_during(lambda: training_step(model, x, y, autocast=autocast))
+        peak = _peak_during(lambda: train(x, y))
     print(json.dumps({"peak_bytes": peak - before}))
 
 

@@ -13,10 +13,17 @@ from typing import Any
 from spikefit.engines import parse_strategy
 from spikefit.errors import OptionError
 from spikefit.ops.dispatch import use_backend
-from spikefit.reporting.files import write_json
-from spikefit.reporting.measure import FirstBatch, gradient_error, interleaved_seconds, profile_of, settings_of
+from spikefit.reporting.measure import (
+    FirstBatch,
+    check_measurable,
+    gradient_error,
+    interleaved_seconds,
+    profile_of,
+    settings_of,
+)
 from spikefit.reporting.report import write_report
 from spikefit.training import ProgressEvent, Recipe, load_recipe, train
+from spikefit.training.files import check_folder, write_json
 
 Row = dict[str, Any]
 # what goes on (a strategy that is training, or what is being measured), and the event of the training
@@ -56,7 +63,8 @@ def compare(
 
     Raises:
         StrategyError: unknown strategy or option.
-        OptionError: no strategy, one twice, or `out` cannot be written.
+        OptionError: no strategy, one twice, several devices, a precision that cannot be measured, or `out` cannot be
+            written.
         RecipeError, DataError, TrainingError, CheckpointError: as `spikefit.train`.
 
     Example:
@@ -64,12 +72,15 @@ def compare(
     """
     base = load_recipe(recipe)
     names = _names(strategies)
+    check_measurable("compare", base)
     recipes = {name: base.override({"strategy": name}) for name in names}
     tell: OnProgress = on_progress or (lambda what, event: None)
     with contextlib.ExitStack() as stack:
         stack.enter_context(use_backend(base.backend))
         tell("comparing gradients and step times", None)
         batch = FirstBatch(base)
+        if out is not None:
+            check_folder(out)
         rows = _measured_steps(batch, recipes)
         if out is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

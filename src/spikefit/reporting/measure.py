@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from spikefit.data import batches
-from spikefit.errors import TrainingError
+from spikefit.errors import OptionError, TrainingError
 from spikefit.ops.dispatch import use_backend
 from spikefit.planning import memory_against_timesteps, profile
 from spikefit.training import (
@@ -23,6 +22,7 @@ from spikefit.training import (
     build_model,
     derive_seed,
 )
+from spikefit.training.build import STEP_PRECISIONS, make_fabric
 from spikefit.training.checkpoint import fill_model, load_checkpoint
 from spikefit.training.evaluation import time_first, to_sequence
 
@@ -41,12 +41,11 @@ class FirstBatch:
         y: targets [B], or [T, B].
 
     Raises:
-        RecipeError, OptionError, DataError: as `spikefit.train`.
+        RecipeError, OptionError, DataError, TrainingError: as `spikefit.train`.
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        section = recipe.train
-        self.fabric = Fabric(accelerator=section.accelerator, devices=1, precision=section.precision)  # type: ignore[arg-type]
+        self.fabric = make_fabric("compare", recipe)
         self.dataset = build_data(recipe).train
         # as the training loop draws it: epoch 0, batch 0
         index, inputs, targets = next(
@@ -168,6 +167,24 @@ def interleaved_seconds(
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def check_measurable(who: str, recipe: Recipe) -> None:
+    """Refuse what a step cannot be measured with.
+
+    Raises:
+        OptionError: several devices, or a precision whose bytes are not known.
+    """
+    if recipe.train.devices > 1:
+        raise OptionError(
+            f"{who}: expected train.devices=1, got {recipe.train.devices}; every further process would start the whole "
+            f"{who} again. Train on several devices with spikefit train."
+        )
+    if recipe.train.precision not in STEP_PRECISIONS:
+        raise OptionError(
+            f"{who}: expected train.precision as one of {', '.join(STEP_PRECISIONS)}, got "
+            f"{recipe.train.precision!r}; the memory of a step is known for these only."
+        )
+
+
 def measure_memory(recipe: Recipe) -> dict[str, Any]:
     """saved_bytes, peak_bytes and predicted_peak_bytes of a training step of `recipe`, from its initial weights.
 
@@ -187,11 +204,12 @@ def profile_of(recipe: Recipe, batch: FirstBatch, model: nn.Module) -> dict[str,
         saved_bytes, peak_bytes (measured in a fresh process), predicted_peak_bytes, layers, categories, energy, and
         memory_against_T: [{timesteps, saved_bytes, predicted_peak_bytes}].
     """
-    # one class per sample: what a label of every step adds to memory is nothing beside the network
+    # one class per sample, as T varies: what a label of every step adds to memory is nothing beside the network
     y = (batch.y if batch.y.ndim == 1 else batch.y[-1]).clamp_min(0)
-    autocast = recipe.train.precision == "bf16-mixed"
-    found = profile(model, (batch.x, y), backend=recipe.backend, autocast=autocast, repeats=1).to_dict()
+    step: dict[str, Any] = {"loss": batch.loss, "autocast": STEP_PRECISIONS[recipe.train.precision][1]}
+    found = profile(model, (batch.x, y), backend=recipe.backend, repeats=1, **step).to_dict()
     own = int(batch.x.shape[0])
-    against = memory_against_timesteps(model, batch.x, y, timesteps=sorted({4, 8, 16, 32, own}))
+    with use_backend(recipe.backend):
+        against = memory_against_timesteps(model, batch.x, y, timesteps=sorted({4, 8, 16, 32, own}), **step)
     kept = {key: found[key] for key in ("saved_bytes", "predicted_peak_bytes", "layers", "categories", "energy")}
     return {**kept, "peak_bytes": found["measured_peak_bytes"], "memory_against_T": against}

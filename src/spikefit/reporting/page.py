@@ -8,7 +8,7 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-Plot = dict[str, Any]
+from spikefit.reporting.plots import Plot
 
 # The browser itself refuses every request, so an offline page is a fact and not a promise. Plotly writes its styles
 # inline and saves pictures through blob: and data:.

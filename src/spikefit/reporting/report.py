@@ -8,10 +8,10 @@ from typing import Any
 
 from spikefit.errors import OptionError
 from spikefit.reporting import figures
-from spikefit.reporting.files import write_text
 from spikefit.reporting.page import Section, html_details, html_facts, html_table, render
 from spikefit.reporting.table import HEADER, bptt_row, caption, cells, conditions
 from spikefit.reporting.units import error, mib, microjoules, percent, ratio, significant
+from spikefit.training.files import write_text
 
 Row = dict[str, Any]
 

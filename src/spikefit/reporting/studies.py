@@ -7,12 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from spikefit.errors import DataError
-from spikefit.reporting.files import write_json, write_text
-from spikefit.reporting.measure import measure_memory, settings_of
+from spikefit.errors import DataError, SpikefitError
+from spikefit.reporting.measure import check_measurable, measure_memory, settings_of
 from spikefit.reporting.study_file import Cell, make_cells, read_study, recipe_key
 from spikefit.reporting.study_page import study_page, study_text
 from spikefit.training import ProgressEvent, load_recipe, train
+from spikefit.training.files import check_folder, write_json, write_text
+from spikefit.training.launch import check
 
 Row = dict[str, Any]
 # which run it is (run, runs, variant, data, seed, reused), and the event of its training
@@ -44,9 +45,9 @@ def study(
         [bytes] of the first seed; history (mean over seeds), settings, parameters, cells (names of the files).
 
     Raises:
-        RecipeError: a study file or recipe that is not valid.
+        RecipeError, OptionError, DataError, TrainingError: a study file, or a row whose recipe, data, model or device
+            cannot work (all rows are made before the first one trains); or `out` cannot be written.
         DataError: a file of a finished run is damaged.
-        OptionError: `out` cannot be written.
 
     Example:
         spikefit.study("studies/demo_tau.toml")
@@ -54,6 +55,8 @@ def study(
     source = read_study(path)
     cells = make_cells(source, load_recipe)
     out = Path("runs", source.name) if out is None else Path(out)
+    _check_rows([cell for cell in cells if not (out / "cells" / f"{cell.key}.json").exists()])
+    check_folder(out)
     records: dict[str, dict[str, Any]] = {}
     memory: dict[str, dict[str, Any]] = {}
     tell: OnProgress = on_progress or (lambda where, event: None)
@@ -73,6 +76,17 @@ def study(
     write_text(out / "table.txt", study_text(source.name, rows))
     write_text(out / "report.html", study_page(source.name, rows, environments, source.text))
     return rows
+
+
+def _check_rows(cells: Sequence[Cell]) -> None:
+    """Make data, model and optimiser of every row once, so that no mistake waits for hours; seeds change none of it."""
+    rows = {(cell.variant, cell.data): cell for cell in reversed(cells)}
+    for cell in reversed(rows.values()):
+        try:
+            check_measurable("study", cell.recipe)
+            check(cell.recipe)
+        except SpikefitError as error:
+            raise type(error)(f"study: {cell.variant} / {cell.data}: {error}") from error
 
 
 def summarise(

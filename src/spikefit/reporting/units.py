@@ -6,13 +6,15 @@ MIB = 2**20
 
 
 def significant(x: float | None, digits: int = 3) -> str:
-    """Plain notation with `digits` significant digits: 1234.5 -> 1,234, 0.01234 -> 0.0123; None -> a dash."""
+    """`digits` significant digits: 1234.5 -> 1,234, 0.01234 -> 0.0123, 1e30 -> 1.00e+30; None -> a dash."""
     if x is None:
         return "–"
     if x == 0 or not math.isfinite(x):
         return f"{x:g}"
+    if not 1e-6 <= abs(x) < 1e9:
+        return f"{x:.{digits - 1}e}"
     decimals = digits - 1 - math.floor(math.log10(abs(x)))
-    return f"{x:,.{min(max(0, decimals), 8)}f}"
+    return f"{x:,.{max(0, decimals)}f}"
 
 
 def mib(count: float | None) -> str:

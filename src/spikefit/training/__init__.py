@@ -8,11 +8,12 @@ from spikefit.training.build import (
     build_loss,
     build_model,
     build_optimizer,
+    build_step,
     derive_seed,
 )
 from spikefit.training.checkpoint import Checkpoint, latest, load_checkpoint, save_checkpoint
 from spikefit.training.evaluation import Prediction, evaluate, predict
-from spikefit.training.loop import train
+from spikefit.training.launch import train
 from spikefit.training.optimisation import AveragedWeights, learning_rate
 from spikefit.training.progress import ProgressBar
 from spikefit.training.recipe import Recipe, load_recipe
@@ -33,6 +34,7 @@ __all__ = [
     "build_loss",
     "build_model",
     "build_optimizer",
+    "build_step",
     "derive_seed",
     "environment",
     "evaluate",

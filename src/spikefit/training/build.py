@@ -1,28 +1,38 @@
 """From the sections of a recipe to the objects of a run."""
 
 import hashlib
-import inspect
-from collections.abc import Callable, Sequence
-from importlib import import_module
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from lightning_fabric import Fabric
+from torch import nn
 
 from spikefit.data import Dataset, horizontal_flip, load_dataset, random_crop
+from spikefit.data.batches import Augment
 from spikefit.encoding import Encoding, create_encoding
-from spikefit.errors import DataError, OptionError, RecipeError
+from spikefit.errors import DataError, OptionError, RecipeError, TrainingError
 from spikefit.losses import create_loss
 from spikefit.losses.losses import UNLABELLED, Loss
-from spikefit.models import MODELS, create_model, use_strategy
+from spikefit.models import MODELS, create_model
 from spikefit.models.table import model_options
+from spikefit.planning.target import Step, in_dtype, make_own, no_memory, random_sample, set_strategy
 from spikefit.training.options import near
 from spikefit.training.recipe import Recipe, load_recipe
 
-Augment = Callable[[Tensor, torch.Generator], Tensor]
 AUGMENTS: dict[str, Callable[..., Augment]] = {"crop": random_crop, "flip": horizontal_flip}
 # Kind of data -> the encodings that make sequences of it.
 ENCODING_OF = {"image": ("repeat", "rate", "latency"), "sequence": ("sequence",), "events": ("event_frames",)}
+
+# Options that follow from other sections; a factory of the user's own gets those that it takes.
+DERIVED = ("num_classes", "input_shape", "timesteps", "norm", "neuron")
+# Precisions in which one step is profiled: dtype of weights and input, and whether bfloat16 autocast is on.
+STEP_PRECISIONS = {
+    "32-true": (torch.float32, False),
+    "64-true": (torch.float64, False),
+    "bf16-mixed": (torch.float32, True),
+}
 
 
 class Data(NamedTuple):
@@ -141,8 +151,8 @@ def build_model(recipe: Recipe, dataset: Dataset | None = None) -> nn.Module:
         The model, sequence [T, B, ...] -> logits [T, B, K].
 
     Raises:
-        RecipeError: the factory cannot be imported or refuses its options.
-        OptionError: an option out of range.
+        OptionError: an option out of range, or a factory that cannot be imported or refuses its options.
+        StrategyError: the strategy does not apply to the model; any torch module runs under bptt.
     """
     options = _model_options(recipe, dataset)
     with torch.random.fork_rng(devices=[]):
@@ -150,8 +160,54 @@ def build_model(recipe: Recipe, dataset: Dataset | None = None) -> nn.Module:
         if recipe.model.name in MODELS:
             model: nn.Module = create_model(recipe.model.name, **options)
         else:
-            model = _from_factory(recipe.model.name, options)
-    return use_strategy(model, recipe.strategy.model_dump())
+            model = make_own(recipe.model.name, options, optional=DERIVED)
+    return set_strategy(model, recipe.strategy.model_dump())
+
+
+def build_step(source: str | Path | Mapping[str, Any] | Recipe, *, shapes_only: bool = False) -> Step:
+    """One training step of a recipe on a random batch of the right shape, on the CPU.
+
+    Args:
+        source: path, dictionary or `Recipe`.
+        shapes_only: make tensors that have shapes but no memory, enough for all that is predicted.
+
+    Raises:
+        OptionError: the recipe does not say the shape of a sample or the number of steps, or its precision or device
+            is none that a step is profiled in.
+        RecipeError, DataError: the recipe or its data make no sense.
+
+    Example:
+        spikefit.profile(build_step("recipes/demo.toml")).measured_peak_bytes
+    """
+    recipe = load_recipe(source)
+    who, section = recipe.model.name, recipe.train
+    if section.precision not in STEP_PRECISIONS:
+        raise OptionError(
+            f"step of {who}: expected train.precision as one of {', '.join(STEP_PRECISIONS)}, got "
+            f"{section.precision!r}; bytes and gradients are known for these only."
+        )
+    if section.accelerator not in ("auto", "cpu"):
+        raise OptionError(
+            f"step of {who}: it is traced and run on the CPU, got train.accelerator={section.accelerator!r}; add "
+            "accelerator=cpu. In Python, profile(model.cuda(), x.cuda()) runs on a GPU."
+        )
+    dtype, autocast = STEP_PRECISIONS[section.precision]
+    # files are read before tensors lose their memory
+    if recipe.data.name is not None and not _shapes_are_written(recipe):
+        recipe = written_out(recipe, load_split(recipe, "test"))
+    with no_memory(shapes_only):
+        model = in_dtype(build_model(recipe), dtype)
+        shape = getattr(model, "input_shape", None) or recipe.model.input_shape
+        if shape is None:
+            raise OptionError(f"step of {who}: the model has no input_shape; give image=CxHxW or shape=C.")
+        timesteps = getattr(model, "timesteps", None) or recipe.encoding.timesteps
+        if timesteps is None:
+            raise OptionError(
+                f"step of {who}: the recipe takes the time steps from its data; give encoding=repeat timesteps=T."
+            )
+        repeated = len(shape) == 3 and recipe.encoding.name == "repeat"
+        x, y = random_sample(tuple(shape), timesteps, recipe.data.batch_size, repeated=repeated, dtype=dtype)
+    return Step(model, x, y, build_loss(recipe), recipe.backend, autocast)
 
 
 def written_out(recipe: Recipe, dataset: Dataset) -> Recipe:
@@ -161,6 +217,22 @@ def written_out(recipe: Recipe, dataset: Dataset) -> Recipe:
     values = recipe.to_dict()
     values["model"] |= {k: list(v) if isinstance(v, tuple) else v for k, v in shapes.items()}
     return load_recipe(values)
+
+
+def make_fabric(who: str, recipe: Recipe, *, devices: int = 1) -> Fabric:
+    """Device and precision of a recipe, for the verb `who`.
+
+    Raises:
+        TrainingError: this machine lacks them.
+    """
+    section = recipe.train
+    try:
+        return Fabric(accelerator=section.accelerator, devices=devices, precision=section.precision)  # type: ignore[arg-type]
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise TrainingError(
+            f"{who}: this machine cannot give accelerator, devices or precision asked for ({section.accelerator}, "
+            f"{devices}, {section.precision}); {error}"
+        ) from error
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
@@ -187,17 +259,13 @@ def has_batch_statistics(model: nn.Module) -> bool:
 
 
 def _model_options(recipe: Recipe, dataset: Dataset | None) -> dict[str, Any]:
-    section, options = recipe.model, recipe.model.options()
+    options = recipe.model.options()
     options["norm"] = recipe.norm.name
     options["neuron"] = {"name": recipe.neuron.name, **recipe.neuron.options()}
-    wants_timesteps = section.name in MODELS and "timesteps" in model_options(section.name)
-    written = section.input_shape is not None and section.num_classes is not None
-    if wants_timesteps and "timesteps" not in options:
-        if recipe.encoding.timesteps is not None:
-            options["timesteps"] = recipe.encoding.timesteps
-        else:
-            written = False
-    if dataset is None and recipe.data.name is not None and not written:
+    wants_timesteps = _wants_timesteps(recipe)
+    if wants_timesteps and recipe.encoding.timesteps is not None:
+        options.setdefault("timesteps", recipe.encoding.timesteps)
+    if dataset is None and recipe.data.name is not None and not _shapes_are_written(recipe):
         dataset = load_split(recipe, "test")
     if dataset is not None:
         sequence = build_encoding(recipe)(dataset.batch([0])[0], torch.Generator())
@@ -208,22 +276,14 @@ def _model_options(recipe: Recipe, dataset: Dataset | None) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
 
 
-def _from_factory(path: str, options: dict[str, Any]) -> nn.Module:
-    """Call `package.module:factory` with those of `options` it takes, and with all that the recipe wrote for it."""
-    module, _, name = path.partition(":")
-    try:
-        factory = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise RecipeError(f"model {path}: expected an importable package.module:factory; {error}.") from error
-    parameters: Sequence[inspect.Parameter] = list(inspect.signature(factory).parameters.values())
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    derived = {"num_classes", "input_shape", "timesteps", "norm", "neuron"}
-    names = {p.name for p in parameters}
-    chosen = {k: v for k, v in options.items() if k in names or takes_all or k not in derived}
-    try:
-        model = factory(**chosen)
-    except TypeError as error:
-        raise RecipeError(f"model {path}: it refused the options {', '.join(chosen) or 'none'}; {error}.") from error
-    if not isinstance(model, nn.Module):
-        raise RecipeError(f"model {path}: expected an nn.Module from the factory, got {type(model).__name__}.")
-    return model
+def _wants_timesteps(recipe: Recipe) -> bool:
+    return recipe.model.name in MODELS and "timesteps" in model_options(recipe.model.name)
+
+
+def _shapes_are_written(recipe: Recipe) -> bool:
+    """Whether the model can be made without a look at the data."""
+    section = recipe.model
+    length = "timesteps" in section.options() or recipe.encoding.timesteps is not None
+    return (
+        section.input_shape is not None and section.num_classes is not None and (length or not _wants_timesteps(recipe))
+    )

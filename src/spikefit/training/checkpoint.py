@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spikefit.errors import CheckpointError
+from spikefit.training.files import share
 
 FORMAT = 1
 KEEP = 2
@@ -71,6 +72,7 @@ def save_checkpoint(
             # a copy, because safetensors refuses shared memory and any order but row-major
             plain = {k: t.detach().cpu().clone(memory_format=torch.contiguous_format) for k, t in content.items()}
             save_file(plain, file)
+            share(file)
             _flush(file)
             digests[group] = _digest(file)
         body = {"format": FORMAT, "files": digests, **state}
@@ -123,7 +125,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         if newest is None:
             raise CheckpointError(
                 f"checkpoint {path}: expected a checkpoint-* directory or a folder with some, found none; "
-                "train with out=FOLDER writes them."
+                "train with out=FOLDER (--out FOLDER) writes them."
             )
         path = newest
     with _as_damage(path):

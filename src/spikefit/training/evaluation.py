@@ -16,7 +16,8 @@ from spikefit.errors import CheckpointError, DataError
 from spikefit.losses.losses import UNLABELLED, Loss
 from spikefit.neurons.lif import SpikingNeuron
 from spikefit.ops.dispatch import use_backend
-from spikefit.training.build import build_encoding, build_loss, build_model, derive_seed, load_split
+from spikefit.planning.verify import plain_bptt
+from spikefit.training.build import build_encoding, build_loss, build_model, derive_seed, load_split, make_fabric
 from spikefit.training.checkpoint import Checkpoint, fill_model, load_checkpoint
 from spikefit.training.recipe import Recipe, load_recipe
 
@@ -46,6 +47,7 @@ def evaluate(
     Raises:
         CheckpointError: damaged, none there, or of another model.
         DataError, RecipeError: the data cannot be read.
+        TrainingError: this machine lacks the device or precision of the recipe.
 
     Example:
         spikefit.evaluate("runs/demo")["accuracy"]
@@ -53,7 +55,7 @@ def evaluate(
     found = open_checkpoint(checkpoint)
     chosen = load_recipe(recipe if recipe is not None else found.state["recipe"])
     dataset = load_split(chosen, split)
-    fabric, model = _restored(found, chosen, dataset)
+    fabric, model = _restored("evaluate", found, chosen, dataset)
     with use_backend(chosen.backend):
         result = measure(
             model, dataset, fabric, build_encoding(chosen), build_loss(chosen), chosen.data.batch_size, chosen.seed
@@ -79,7 +81,7 @@ def predict(
     """
     found = open_checkpoint(checkpoint)
     chosen = load_recipe(recipe if recipe is not None else found.state["recipe"])
-    fabric, model = _restored(found, chosen, None)
+    fabric, model = _restored("predict", found, chosen, None)
     if isinstance(inputs, np.ndarray) and inputs.dtype.names is None:
         inputs = torch.from_numpy(inputs)
     if isinstance(inputs, Tensor):
@@ -169,7 +171,9 @@ def _spike_rates(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             rates[layer] = torch.zeros((), dtype=torch.float64)
             handles.append(module.register_forward_hook(collect(layer)))
     try:
-        yield rates
+        # the forward does not depend on the strategy, but units that pack do not call their neurons
+        with plain_bptt(model):
+            yield rates
     finally:
         for handle in handles:
             handle.remove()
@@ -189,9 +193,9 @@ def open_checkpoint(checkpoint: str | Path) -> Checkpoint:
     return load_checkpoint(checkpoint)
 
 
-def _restored(found: Checkpoint, recipe: Recipe, dataset: Dataset | None) -> tuple[Fabric, nn.Module]:
+def _restored(who: str, found: Checkpoint, recipe: Recipe, dataset: Dataset | None) -> tuple[Fabric, nn.Module]:
     """A model of `recipe` with the weights of `found`, ready on its device."""
-    fabric = Fabric(accelerator=recipe.train.accelerator, devices=1, precision=recipe.train.precision)  # type: ignore[arg-type]
+    fabric = make_fabric(who, recipe)
     model = build_model(recipe, dataset)
     fill_model(model, found.tensors.get("ema", found.tensors["model"]), found.path)
     model = fabric.strategy.precision.convert_module(model)

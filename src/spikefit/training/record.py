@@ -1,7 +1,5 @@
 """What a run leaves behind: its record, and the events while it goes on."""
 
-import json
-import os
 import platform
 import subprocess
 from dataclasses import asdict, dataclass
@@ -12,6 +10,7 @@ import numpy as np
 import torch
 
 import spikefit
+from spikefit.training.files import write_json
 
 
 @dataclass(frozen=True)
@@ -91,12 +90,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def write_record(folder: str | Path, record: TrainRecord) -> Path:
     """Write record.json into `folder`, whole or not at all."""
-    path = Path(folder) / "record.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(".record.json.part")
-    part.write_text(json.dumps(record.to_dict(), indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
-    return path
+    return write_json(Path(folder) / "record.json", record.to_dict())
 
 
 def _commit() -> str | None:

@@ -1,4 +1,4 @@
-"""The verb `train`: one loop for all models, strategies and devices; Lightning Fabric brings device and precision."""
+"""The verb `train`: checks, device, and one `Run` from its start or its newest checkpoint to its end."""
 
 import contextlib
 from collections.abc import Mapping
@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 
-from spikefit.errors import CheckpointError, TrainingError
+from spikefit.errors import CheckpointError
 from spikefit.ops.dispatch import use_backend
-from spikefit.training.build import build_data
+from spikefit.training.build import build_data, make_fabric
 from spikefit.training.checkpoint import checkpoints
+from spikefit.training.files import check_folder
 from spikefit.training.progress import ProgressBar
 from spikefit.training.recipe import Recipe, load_recipe
 from spikefit.training.record import TrainRecord
@@ -42,7 +42,8 @@ def train(
     Raises:
         RecipeError, OptionError, DataError: the recipe or its data make no sense.
         CheckpointError: `out` holds checkpoints and `resume` is False, or they are damaged or of another run.
-        TrainingError: the loss or a gradient is not finite, or no batch is left to train on.
+        TrainingError: this machine lacks the device or precision, the loss or a gradient is not finite, or no batch is
+            left to train on.
 
     Example:
         record = spikefit.train("recipes/demo.toml", out="runs/demo", progress=True)
@@ -53,15 +54,10 @@ def train(
         raise CheckpointError("train: resume=True needs out=FOLDER, the folder of the run to go on with.")
     if out is not None and not resume and checkpoints(out):
         raise CheckpointError(
-            f"train: {out} already holds checkpoints; go on with resume=True, or choose another folder."
+            f"train: {out} already holds checkpoints; go on with resume=True (--resume on the command line), or "
+            "choose another folder."
         )
-    section = recipe.train
-    try:
-        fabric = Fabric(accelerator=section.accelerator, devices=section.devices, precision=section.precision)  # type: ignore[arg-type]
-    except (ValueError, RuntimeError) as error:
-        raise TrainingError(
-            f"train: this machine cannot give accelerator, devices or precision asked for; {error}"
-        ) from error
+    fabric = make_fabric("train", recipe, devices=recipe.train.devices)
     fabric.launch()
     devices = [fabric.device.index or 0] if fabric.device.type == "cuda" else []
     listeners = [on_progress] if on_progress else []
@@ -71,6 +67,19 @@ def train(
         if progress and fabric.is_global_zero:
             listeners.append(stack.enter_context(ProgressBar(f"{recipe.model.name} {recipe.strategy.name}")))
         run = Run(recipe, build_data(recipe), fabric, out, listeners if fabric.is_global_zero else [])
+        if out is not None and fabric.is_global_zero:
+            check_folder(out)
         if resume:
             run.restore()
         return run.finish()
+
+
+def check(recipe: Recipe) -> None:
+    """Make all that a run of `recipe` is made of and drop it, so that what cannot work is told without training.
+
+    Raises:
+        RecipeError, OptionError, DataError, TrainingError: as `train`, before its first update.
+    """
+    fabric = make_fabric("train", recipe, devices=recipe.train.devices)
+    with torch.random.fork_rng(devices=[]), use_backend(recipe.backend):
+        Run(recipe, build_data(recipe), fabric, None, [])

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from spikefit.errors import OptionError
-from spikefit.reporting.files import write_json, write_text
+from spikefit.training.files import check_folder, write_json, write_text
 
 
 def test_writes_and_replaces(tmp_path):
@@ -37,6 +37,15 @@ def test_nan_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError):
         write_json(tmp_path / "rows.json", [float("nan")])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_checked_before_work_begins(tmp_path):
+    check_folder(tmp_path / "deep" / "run")
+    assert not (tmp_path / "deep" / "run").exists()
+    (tmp_path / "taken").write_text("")
+    for folder in (tmp_path / "taken", tmp_path / "taken" / "run"):
+        with pytest.raises(OptionError, match=r"cannot write into .*taken.*--out"):
+            check_folder(folder)
 
 
 def test_a_folder_that_is_a_file_is_named(tmp_path):

@@ -25,8 +25,7 @@ def write_text(path: str | Path, text: str) -> Path:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes the file private; give it the rights an ordinary new file has
-        os.chmod(name, 0o666 & ~_umask())
+        share(name)
         os.replace(name, path)
     except BaseException as error:
         if name is not None:
@@ -34,10 +33,29 @@ def write_text(path: str | Path, text: str) -> Path:
                 os.unlink(name)
         if isinstance(error, OSError):
             raise OptionError(
-                f"reporting: cannot write {path} ({error.strerror}); choose a folder you may write to with --out."
+                f"cannot write {path} ({error.strerror}); choose a folder you may write to with --out."
             ) from error
         raise
     return path
+
+
+def check_folder(folder: str | Path) -> None:
+    """Make sure, before long work begins, that files can be written into `folder`; it leaves no new folder there.
+
+    Raises:
+        OptionError: they cannot.
+    """
+    folder = Path(folder)
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        if made:
+            folder.rmdir()
+    except OSError as error:
+        raise OptionError(
+            f"cannot write into {folder} ({error.strerror}); choose a folder you may write to with --out."
+        ) from error
 
 
 def write_json(path: str | Path, value: Any) -> Path:
@@ -50,8 +68,9 @@ def write_json(path: str | Path, value: Any) -> Path:
     return write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def _umask() -> int:
-    # the only way to read it is to set it
+def share(path: str | Path) -> None:
+    """Give a file that was made as a private one the rights an ordinary new file has."""
+    # the only way to read the mask is to set it
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    os.chmod(path, 0o666 & ~mask)
