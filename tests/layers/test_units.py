@@ -199,10 +199,12 @@ def test_running_statistics_are_those_of_torch(norm, per_step, momentum):
 
 
 def test_frozen_statistics_stay():
-    norm = create_norm("bn", 3)
-    with frozen_statistics():
+    norm, other = create_norm("bn", 3), create_norm("bn", 3)
+    with frozen_statistics([nn.Sequential(norm)]):
+        other(torch.randn(2, 4, 3))
         a = norm(torch.randn(2, 4, 3))
     assert int(norm.num_batches_tracked) == 0
+    assert int(other.num_batches_tracked) == 1
     assert abs(float(a.detach().mean())) < 1e-6
     norm(torch.randn(2, 4, 3))
     assert int(norm.num_batches_tracked) == 1

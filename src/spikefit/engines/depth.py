@@ -61,7 +61,7 @@ def run_checkpointed(blocks: list[nn.Module], x: Tensor, state: State, option: s
             x,
             state[run],
             use_reentrant=False,
-            context_fn=lambda: (contextlib.nullcontext(), frozen_statistics()),
+            context_fn=lambda run=run: (contextlib.nullcontext(), frozen_statistics(blocks[run])),
         )
         after.extend(s)
     return x, tuple(after)

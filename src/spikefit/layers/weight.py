@@ -99,7 +99,8 @@ def map_of(module: Weight) -> Map:
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
         raise OptionError(f"apply_weight: give {type(module).__name__} a numeric zero padding.")
     kind = "conv2d" if isinstance(module, nn.Conv2d) else "conv1d"
-    stride, thin = tuple(module.stride), tuple[int, ...]()
+    stride: tuple[int, ...] = tuple(module.stride)
+    thin: tuple[int, ...] = ()
     if set(module.kernel_size) == {1} and set(module.padding) == {0} and max(stride) > 1:
         # oneDNN writes out of bounds in the weight gradient of strided 1x1 convolutions (seen in torch 2.13 on CPU)
         stride, thin = (1,) * len(stride), stride
