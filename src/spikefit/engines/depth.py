@@ -1,8 +1,9 @@
 """Chains in depth: blocks one after the other, each over the whole sequence."""
 
-import contextlib
 import difflib
 import math
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,10 +62,15 @@ def run_checkpointed(blocks: list[nn.Module], x: Tensor, state: State, option: s
             x,
             state[run],
             use_reentrant=False,
-            context_fn=lambda run=run: (contextlib.nullcontext(), frozen_statistics(blocks[run])),
+            context_fn=partial(_contexts, blocks[run]),
         )
         after.extend(s)
     return x, tuple(after)
+
+
+def _contexts(blocks: list[nn.Module]) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """What a run, and its repetition in backward, run in."""
+    return nullcontext(), frozen_statistics(blocks)
 
 
 def run_length(blocks: int, option: str | None) -> int:

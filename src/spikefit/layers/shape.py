@@ -135,7 +135,7 @@ class Readout(nn.Module):
 
     def __init__(self, in_features: int, num_classes: int, *, tau: float | None = None) -> None:
         super().__init__()
-        if not isinstance(num_classes, Integral) or num_classes < 1:
+        if not is_count(num_classes):
             raise OptionError(f"Readout: num_classes must be at least 1, a whole number, got {num_classes!r}.")
         self.linear = nn.Linear(in_features, num_classes)
         self.membrane = None if tau is None else LeakyReadout(tau=tau)
@@ -150,12 +150,16 @@ class Readout(nn.Module):
         self, batch_size: int, shape: tuple[int, ...], *, device: Any = None, dtype: torch.dtype = torch.float32
     ) -> tuple[Any, tuple[int, ...]]:
         """(zero membrane or None, shape of one output sample)."""
-        check_input(
-            self.linear, torch.empty_like(self.linear.weight, device="meta").new_empty((1, 1, *shape)), who="Readout"
-        )
+        sample = torch.empty((1, 1, *shape), dtype=self.linear.weight.dtype, device="meta")
+        check_input(self.linear, sample, who="Readout")
         classes = self.linear.out_features
         v = None if self.membrane is None else torch.zeros((batch_size, classes), device=device, dtype=dtype)
         return v, (classes,)
+
+
+def is_count(value: object) -> bool:
+    """Whether `value` is a whole number of at least 1."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def _check_over_time(who: str, x: Tensor) -> None:

@@ -146,7 +146,7 @@ def check_input(module: Weight, x: Tensor, *, who: str | None = None, over_time:
             f"{who}: expected x in {module.weight.dtype}, the dtype of its weight, got {x.dtype}. "
             f"Call x.to({module.weight.dtype}), or convert the model: model.to({x.dtype})."
         )
-    if not dense:
+    if not isinstance(module, nn.Linear):
         _check_reach(who, map_of(module), module.kernel_size, tuple(x.shape[3:]) if space else (x.shape[0],), over_time)
 
 
@@ -252,7 +252,6 @@ class Standardized(nn.Module):
     """
 
     weight: Tensor
-    bias: Tensor | None
 
     def __init__(self, *args, eps: float = 1e-4, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -265,7 +264,7 @@ class Standardized(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows [N, C, ...] -> [N, C_out, ...], as torch's own layer with the weight W'."""
-        return map_of(self)(x, self.standardized(), self.bias)
+        return map_of(self)(x, self.standardized(), self.bias)  # type: ignore[arg-type]
 
 
 class StandardizedConv1d(Standardized, nn.Conv1d):

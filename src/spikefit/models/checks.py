@@ -1,9 +1,10 @@
 """Checks that the makers of models share: sizes and shapes, before torch fails at them in words of its own."""
 
 import math
-from numbers import Integral, Real
+from numbers import Real
 
 from spikefit.errors import OptionError
+from spikefit.layers.shape import is_count
 
 
 def check_input_shape(who: str, shape: tuple[int, ...] | list[int], axes: tuple[str, ...] = ()) -> tuple[int, ...]:
@@ -15,7 +16,7 @@ def check_input_shape(who: str, shape: tuple[int, ...] | list[int], axes: tuple[
     wanted = f"({', '.join(axes)}{',' * (len(axes) == 1)})" if axes else "the shape of one sample, (C, ...)"
     given = shape if isinstance(shape, tuple | list) else ()
     rank_fits = len(given) == len(axes) if axes else len(given) > 0
-    if not rank_fits or not all(_is_count(side) for side in given):
+    if not rank_fits or not all(is_count(side) for side in given):
         raise OptionError(
             f"{who}: expected input_shape as {wanted}, each a whole number of at least 1, got {shape!r}. "
             "Time and batch are no part of it."
@@ -25,14 +26,14 @@ def check_input_shape(who: str, shape: tuple[int, ...] | list[int], axes: tuple[
 
 def check_count(who: str, name: str, value: int) -> int:
     """`value` if it is a whole number of at least 1, else OptionError."""
-    if not _is_count(value):
+    if not is_count(value):
         raise OptionError(f"{who}: {name} must be a whole number of at least 1, got {value!r}.")
     return value
 
 
 def check_counts(who: str, name: str, values: tuple[int, ...] | list[int]) -> tuple[int, ...]:
     """`values` as a tuple, if they are at least one whole number, each of at least 1, else OptionError."""
-    if not isinstance(values, tuple | list) or not values or not all(_is_count(v) for v in values):
+    if not isinstance(values, tuple | list) or not values or not all(is_count(v) for v in values):
         raise OptionError(
             f"{who}: {name} must list at least one width, each a whole number of at least 1, got {values!r}."
         )
@@ -44,7 +45,3 @@ def check_width(who: str, width: float) -> float:
     if not (isinstance(width, Real) and math.isfinite(width) and width > 0):
         raise OptionError(f"{who}: width must be > 0 and finite, a factor on all widths such as 0.5, got {width!r}.")
     return width
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1  # type: ignore[operator]
