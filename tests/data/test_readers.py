@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from spikefit.data import DATASETS, load_dataset
+from spikefit.data import DATASETS, dataset_options, load_dataset
 from spikefit.data.cifar import read_batch
 from spikefit.errors import DataError, OptionError
 
@@ -33,6 +33,14 @@ def mnist(tmp_path):
             else:
                 (folder / name).write_bytes(raw)
     return tmp_path
+
+
+def test_options_are_those_that_the_reader_takes(mnist):
+    assert "download" in dataset_options("mnist")
+    for name in DATASETS:
+        assert set(dataset_options(name)).isdisjoint({"root", "split", "limit", "mean", "std"})
+    with pytest.raises(OptionError, match=r"unknown option 'downlaod'; known: .*download"):
+        load_dataset("mnist", mnist, downlaod=True)
 
 
 def test_idx(mnist):

@@ -76,7 +76,7 @@ def assert_same(got, wanted, tolerance):
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("name", UNITS)
 def test_equals_the_plain_unit(name, option, keep):
-    if (name in ("line", "time") and option == "standardised") or (name == "time" and option == "chunks"):
+    if name == "time" and option == "chunks":
         pytest.skip("this unit has no such option")
     assert_same(run(name, option, keep), run(name, option, "all"), 1e-10)
 

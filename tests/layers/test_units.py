@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from spikefit.errors import OptionError, ShapeError, StateError
 from spikefit.layers import (
+    KEEPS,
     NORMS,
     AveragePoolTime,
     Dropout,
@@ -19,11 +20,15 @@ from spikefit.layers import (
     SpikingConv2d,
     SpikingLinear,
     SpikingUnit,
+    StandardizedConv1d,
+    StandardizedConv2d,
+    StandardizedLinear,
     apply_weight,
     create_norm,
     frozen_statistics,
 )
 from spikefit.neurons import IF, LIF
+from support import assert_same_spikes
 
 
 def repeat(x, timesteps):
@@ -82,16 +87,49 @@ def test_matches_plain_layers(make, shape):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-def test_standardised_weights_have_unit_output_variance():
-    unit = SpikingConv2d(16, 32, norm="ws")
-    weight = unit.synapse.standardized()
-    assert weight.mean((1, 2, 3)).abs().max() < 1e-6
-    torch.testing.assert_close(weight.pow(2).sum((1, 2, 3)), torch.ones(32), rtol=0.05, atol=0)
-    unit(spikes(2, 2, 16, 4, 4))[0].sum().backward()
-    assert unit.synapse.gain.grad is not None
-    torch.testing.assert_close(
-        apply_weight(unit.synapse, spikes(1, 2, 16, 4, 4))[0], unit.synapse(spikes(2, 16, 4, 4)), rtol=1e-5, atol=1e-5
-    )
+STANDARDISED = {
+    "conv2d": (SpikingConv2d, StandardizedConv2d, (16, 4, 4)),
+    "conv1d": (SpikingConv1d, StandardizedConv1d, (16, 9)),
+    "dense": (SpikingLinear, StandardizedLinear, (16,)),
+}
+
+
+@pytest.mark.parametrize("name", STANDARDISED)
+def test_standardised_weights_have_unit_output_variance(name):
+    make, kind, shape = STANDARDISED[name]
+    unit = make(16, 32, norm="ws")
+    assert type(unit.synapse) is kind
+    assert sorted(dict(unit.synapse.named_parameters())) == ["bias", "gain", "weight"]
+    weight = unit.synapse.standardized().flatten(1)
+    assert weight.mean(1).abs().max() < 1e-6
+    torch.testing.assert_close(weight.pow(2).sum(1), torch.ones(32), rtol=0.05, atol=0)
+    unit(spikes(2, 2, *shape))[0].sum().backward()
+    assert unit.synapse.gain.grad.abs().max() > 0
+    x = spikes(1, 2, *shape)
+    torch.testing.assert_close(apply_weight(unit.synapse, x)[0], unit.synapse(x[0]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", STANDARDISED)
+def test_standardised_weights_do_not_see_scale_and_shift(name):
+    _, kind, shape = STANDARDISED[name]
+    layer = kind(16, 8, *([] if kind is StandardizedLinear else [3])).double()
+    moved = kind(16, 8, *([] if kind is StandardizedLinear else [3])).double()
+    moved.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        moved.weight.mul_(4).add_(1)
+    x = spikes(2, *shape).double()
+    # eps is what remains of the scale
+    torch.testing.assert_close(moved(x), layer(x), rtol=1e-2, atol=1e-2)
+    assert layer(x).std() > 0.1
+
+
+def test_convolution_over_time_with_standardised_weights():
+    torch.manual_seed(1)
+    unit = SpikingConv1d(3, 8, 4, padding=2, over="time", norm="ws", neuron={"name": "if", "v_threshold": 0.5})
+    x = torch.randn(8, 5, 3)
+    out, _ = unit(x)
+    z = F.conv1d(x.permute(1, 2, 0), unit.synapse.standardized(), unit.synapse.bias, padding=2).permute(2, 0, 1)
+    assert_same_spikes(out, IF(v_threshold=0.5)(z)[0])
 
 
 @pytest.mark.parametrize("norm", ["step_bn", "none", "ws"])
@@ -161,10 +199,12 @@ def test_running_statistics_are_those_of_torch(norm, per_step, momentum):
 
 
 def test_frozen_statistics_stay():
-    norm = create_norm("bn", 3)
-    with frozen_statistics():
+    norm, other = create_norm("bn", 3), create_norm("bn", 3)
+    with frozen_statistics([nn.Sequential(norm)]):
+        other(torch.randn(2, 4, 3))
         a = norm(torch.randn(2, 4, 3))
     assert int(norm.num_batches_tracked) == 0
+    assert int(other.num_batches_tracked) == 1
     assert abs(float(a.detach().mean())) < 1e-6
     norm(torch.randn(2, 4, 3))
     assert int(norm.num_batches_tracked) == 1
@@ -249,6 +289,40 @@ def test_autocast_keeps_the_kernel_and_trains(dtype):
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in unit.parameters())
 
 
+def over_time(kernel_size=3):
+    return SpikingConv1d(3, 8, kernel_size, padding=0, over="time")
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: SpikingConv2d(3, 8), (2, 2, 3, 4, 4)),
+        (over_time, (4, 2, 3)),
+        (lambda: SpikingLinear(3, 8), (2, 2, 3)),
+        (lambda: Readout(3, 8), (2, 2, 3)),
+    ],
+)
+def test_another_dtype_than_the_weight_is_refused_under_every_strategy(make, shape, dtype, keep):
+    layer = make()
+    layer.keep = keep
+    with pytest.raises(ShapeError, match=rf"{type(layer).__name__}: .*in torch.float32.*got {dtype}.*x.to\(.*model.to"):
+        layer(torch.rand(shape).to(dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(torch.rand(shape).to(dtype))[0].dtype == torch.bfloat16
+    layer.to(dtype)
+    assert layer(torch.rand(shape).to(dtype))[0].dtype == dtype
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_a_pool_of_one_pixel_is_refused_under_every_strategy(keep):
+    unit = SpikingConv2d(3, 8, pool="max")
+    unit.keep = keep
+    with pytest.raises(ShapeError, match="at least 2 pixels a side, got 1x1"):
+        unit(torch.rand(2, 2, 3, 1, 1))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -256,9 +330,42 @@ def test_autocast_keeps_the_kernel_and_trains(dtype):
         (lambda: SpikingConv2d(3, 8)(torch.rand(2, 2, 4, 8, 8)), ShapeError, r"\[T, B, 3, H, W\]"),
         (lambda: SpikingConv2d(3, 8)(torch.rand(0, 2, 3, 8, 8)), ShapeError, "T = 0"),
         (lambda: SpikingConv2d(3, 8)(torch.ones(2, 2, 3, 8, 8, dtype=torch.uint8)), ShapeError, "floating point"),
-        (lambda: SpikingLinear(3, 8)(torch.rand(4, 3)), ShapeError, r"\[T, B, C, ...\]"),
+        (lambda: SpikingLinear(3, 8)(torch.rand(4, 3)), ShapeError, r"SpikingLinear.*\[T, B, 3\].*repeat"),
         (lambda: SpikingLinear(3, 8)(torch.rand(4, 2, 5)), ShapeError, r"\[T, B, 3\]"),
         (lambda: SpikingConv2d(3, 8)(torch.rand(2, 2, 3, 8, 8), torch.zeros(1, 8, 8, 8)), StateError, "membrane"),
+        (lambda: SpikingConv2d(3, 8)(torch.rand(1, 2, 3, 8, 8).cfloat()), ShapeError, "x.real or x.abs"),
+        (lambda: SpikingConv2d(3, 8)(torch.rand(1, 2, 8, 8, 3)), ShapeError, r"SpikingConv2d: .*movedim\(-1, 2\)"),
+        (lambda: SpikingConv2d(3, 8)(torch.rand(1, 2, 4, 8, 8)), ShapeError, "Give it 3 channels, .*in_channels=4"),
+        (lambda: SpikingLinear(3, 8)(torch.rand(4, 2, 5)), ShapeError, "Give it 3 features, .*in_features=5"),
+        (lambda: SpikingLinear(3, 8)(torch.rand(4, 2, 5, 3)), ShapeError, r"\[T, B, 3\].*Flatten"),
+        (lambda: SpikingLinear(3, 8, norm="none")(torch.rand(4, 2, 5, 3)), ShapeError, r"\[T, B, 3\].*Flatten"),
+        (lambda: Readout(3, 8)(torch.rand(4, 2, 5, 3)), ShapeError, r"Readout: .*\[T, B, 3\].*Flatten"),
+        (lambda: Readout(3, 8).init_state(2, (4,)), ShapeError, r"Readout: .*\[T, B, 3\].*in_features=4"),
+        (lambda: SpikingConv1d(3, 8)(torch.rand(4, 2, 3)), ShapeError, r"\[T, B, 3, L\], got \(4, 2, 3\)"),
+        (
+            lambda: over_time()(torch.rand(9, 2, 5)),
+            ShapeError,
+            r"SpikingConv1d: .*\[T, B, 3\], got \(9, 2, 5\).*in_channels",
+        ),
+        (lambda: over_time()(torch.rand(9, 2, 3, 5)), ShapeError, r"\[T, B, 3\], got \(9, 2, 3, 5\)"),
+        (lambda: over_time()(torch.rand(9, 3)), ShapeError, r"batch axis: x.unsqueeze\(1\)"),
+        (lambda: over_time(9)(torch.rand(4, 2, 3)), ShapeError, "at least 9 time steps .*got T = 4.*smaller kernel"),
+        (lambda: SpikingConv1d(3, 8, 9, padding=0)(torch.rand(1, 2, 3, 4)), ShapeError, "a side of 9.*got 4"),
+        (lambda: SpikingConv2d(3, 8, 5, padding=1)(torch.rand(1, 2, 3, 2, 8)), ShapeError, "a side of 3x3.*got 2x8"),
+        (lambda: SpikingConv2d(3, 8, pool="max")(torch.rand(2, 2, 3, 1, 4)), ShapeError, "at least 2 pixels .*got 1x4"),
+        (lambda: Flatten()(torch.rand(2, 3)), ShapeError, "encoding.repeat"),
+        (lambda: GlobalAveragePool()(torch.rand(2, 2, 3)), ShapeError, "space axes"),
+        (
+            lambda: GlobalAveragePool()(torch.ones(2, 2, 3, 2, 2).long()),
+            ShapeError,
+            "GlobalAveragePool: .*floating point",
+        ),
+        (lambda: AveragePoolTime(3)(torch.rand(2, 2, 3)), ShapeError, "at least 3 time steps, got T = 2"),
+        (lambda: AveragePoolTime()(torch.rand(4, 2, 3, 5)), ShapeError, r"AveragePoolTime: .*\[T, B, C\].*Flatten"),
+        (lambda: FlattenTime()(torch.rand(4, 3)), ShapeError, r"FlattenTime: .*\[T, B, C\]"),
+        (lambda: create_norm("bn", 3)(torch.ones(2, 2, 3).long()), ShapeError, "norm: .*floating point"),
+        (lambda: ResidualBlock(3, 3)(torch.rand(1, 1, 3, 4, 4), (None,)), StateError, "two membranes, got 1 entries"),
+        (lambda: Readout(3, 2.5), OptionError, "whole number, got 2.5"),
         (lambda: SpikingConv2d(3, 8, pool="mean"), OptionError, "pool must be None, 'max' or 'avg'"),
         (lambda: SpikingConv2d(3, 8, chunk=0), OptionError, "chunk must be at least 1"),
         (lambda: SpikingConv1d(3, 8, over="depth"), OptionError, "'space' or 'time'"),

@@ -145,6 +145,33 @@ def test_state_is_a_value():
         model.step(x[0], None)
 
 
+@pytest.mark.parametrize("name", ["mlp", "vgg6", "resnet19", "har_conv"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_state_follows_the_parameters(name, dtype):
+    model = small(name, **({} if name == "har_conv" else {"head_tau": 2.0})).to(dtype).eval()
+    x = sequence(model).to(dtype)
+    state = model.init_state(3)
+    with torch.no_grad():
+        for x_t in x:
+            logits, state = model.step(x_t, state)
+        assert torch.equal(logits, model(x)[-1])
+    meta = model.to("meta").init_state(2)
+    assert {s.device.type for s in leaves(meta)} == {"meta"}
+    assert {s.dtype for s in leaves(model.init_state(2, device="cpu", dtype=torch.float16))} == {torch.float16}
+
+
+def leaves(state):
+    """The tensors of a state."""
+    if isinstance(state, tuple):
+        return [leaf for entry in state for leaf in leaves(entry)]
+    return [] if state is None else [state]
+
+
+def stepped(name, batch_of_state, batch):
+    model = small(name).eval()
+    return model.step(torch.rand(batch, *model.input_shape), model.init_state(batch_of_state))
+
+
 def test_other_image_sides_work_where_the_head_pools():
     model = small("vgg6")
     assert model(torch.rand(2, 2, 3, 12, 16)).shape == (2, 2, 10)
@@ -184,12 +211,54 @@ def test_own_network_and_backends():
         (lambda: create_model("vgg11", input_shape=(3, 16, 16)), OptionError, "at least 32 pixels"),
         (lambda: create_model("resnet19", widths="huge"), OptionError, "wide, narrow"),
         (lambda: create_model("mlp", hidden=[]), OptionError, "at least one width"),
+        (lambda: create_model("mlp", hidden=[8, 0]), OptionError, r"mlp: hidden must .*at least 1, got \[8, 0\]"),
+        (lambda: create_model("mlp", hidden=8), OptionError, "mlp: hidden must list"),
+        (lambda: create_model("mlp", input_shape=()), OptionError, "mlp: expected input_shape as the shape of one"),
+        (lambda: create_model("vgg6", input_shape=(32, 32)), OptionError, r"vgg6: expected .*\(C, H, W\).*\(32, 32\)"),
+        (lambda: create_model("vgg6", input_shape=32), OptionError, r"vgg6: expected input_shape as \(C, H, W\)"),
+        (lambda: create_model("resnet19", input_shape=(3,)), OptionError, r"resnet19: .*\(C, H, W\).*\(3,\)"),
+        (lambda: create_model("har_mlp", input_shape=(9, 9)), OptionError, r"har_mlp: .*\(channels,\)"),
+        (lambda: create_model("har_mlp", layers=0), OptionError, "har_mlp: layers must be .*at least 1, got 0"),
+        (lambda: create_model("har_mlp", hidden=-1), OptionError, "har_mlp: hidden must be .*at least 1, got -1"),
+        (lambda: create_model("har_mlp", hidden=2.5), OptionError, "har_mlp: hidden must be a whole number"),
+        (lambda: create_model("har_conv", timesteps=0), OptionError, "har_conv: timesteps must be .*got 0"),
+        (lambda: create_model("har_conv", timesteps=-3), OptionError, "har_conv: timesteps must be .*got -3"),
+        (lambda: create_model("har_conv", widths=[]), OptionError, "har_conv: widths must list"),
+        *[
+            (lambda n=n, w=w: create_model(n, width=w), OptionError, f"{n}: width must be > 0 and finite.*got {w}")
+            for n in ("vgg6", "resnet19")
+            for w in (-1, float("nan"), float("inf"))
+        ],
+        *[
+            (lambda n=n: create_model(n, num_classes=0, **SMALL[n]), OptionError, "num_classes must be at least 1")
+            for n in SMALL
+        ],
         (lambda: small("vgg6")(torch.rand(2, 3, 8, 8)), ShapeError, r"\[T, B, 3, 8, 8\], got \(2, 3, 8, 8\).*repeat"),
         (lambda: small("vgg6")(torch.rand(0, 2, 3, 8, 8)), ShapeError, "at least one time step"),
         (lambda: small("vgg6")(torch.rand(2, 0, 3, 8, 8)), ShapeError, "one sample"),
         (lambda: small("vgg6")(torch.ones(2, 2, 3, 8, 8, dtype=torch.long)), ShapeError, "floating point"),
         (lambda: small("har_conv")(torch.rand(15, 2, 9)), ShapeError, "made for T = 16, got T = 15"),
-        (lambda: small("vgg6").init_state(0), OptionError, "batch_size must be at least 1"),
+        (lambda: small("vgg6")(torch.rand(2, 2, 4, 8, 8)), ShapeError, r"3 channels, .*input_shape=\(4, 8, 8\)"),
+        (lambda: small("vgg6")(torch.rand(2, 2, 8, 8, 3)), ShapeError, r"movedim\(-1, 2\)"),
+        (lambda: small("vgg6")(torch.rand(2, 2, 3, 4, 4)), ShapeError, r"blocks.5 \(pool: .*got 1x1\).*\(3, 4, 4\)"),
+        (
+            lambda: small("vgg6", strategy="lean:spikes")(torch.rand(2, 2, 3, 4, 4)),
+            ShapeError,
+            r"blocks.5 \(pool: .*got 1x1\).*Resize",
+        ),
+        (
+            lambda: small("vgg9")(torch.rand(2, 2, 3, 32, 32)),
+            ShapeError,
+            r"samples of \(3, 16, 16\).*got \(3, 32, 32\).*blocks.8 \(SpikingLinear.*input_shape=\(3, 32, 32\)",
+        ),
+        (lambda: small("mlp").init_state(2, (3, 5, 5)), ShapeError, r"blocks.1 \(SpikingLinear: .*\[T, B, 48\]"),
+        (lambda: small("har_mlp")(torch.rand(4, 9, 128)), ShapeError, r"x.permute\(2, 0, 1\)"),
+        (lambda: small("har_conv")(torch.rand(16, 9)), ShapeError, r"batch axis: x.unsqueeze\(1\)"),
+        (lambda: small("har_conv").eval().run(torch.rand(16, 2, 9), ()), ShapeError, "needs all 16 time steps"),
+        (lambda: stepped("har_conv", 2, 3), StateError, r"window of the last 16.*got \(3, 9\) and \(16, 2, 9\)"),
+        (lambda: stepped("vgg6", 2, 3), StateError, r"state is not one of 3 samples.*model.init_state\(3\)"),
+        (lambda: stepped("resnet19", 2, 1), StateError, "state is not one of 1 samples"),
+        (lambda: small("vgg6").init_state(0), OptionError, "batch_size must be .*at least 1"),
         (lambda: SpikingNetwork([], input_shape=(3,)), OptionError, "at least one block"),
         (lambda: SpikingNetwork([Readout(3, 2)], input_shape=(3,), timesteps=4), OptionError, "leave it out"),
         (lambda: use_strategy(torch.nn.Linear(2, 2), "bptt"), StrategyError, "contains no SpikingNetwork"),

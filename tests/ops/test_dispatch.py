@@ -33,6 +33,46 @@ def test_backward_runs_on_the_backend_of_forward(backend):
     assert backends_called(lambda: spikes.sum().backward()) == {backend}
 
 
+def test_names_are_checked():
+    assert [dispatch.check_backend(name) for name in dispatch.BACKENDS] == list(dispatch.BACKENDS)
+    with pytest.raises(OptionError, match="expected one of auto, reference, numba, triton, got 'Numba'"):
+        dispatch.check_backend("Numba")
+
+
+def test_the_wish_that_counts():
+    assert dispatch.resolve("auto") == "auto"
+    with use_backend("reference"):
+        assert dispatch.resolve("auto") == "reference"
+        assert dispatch.resolve("numba") == "numba"
+        with use_backend("auto"):
+            assert dispatch.resolve("auto") == "auto"
+    with pytest.raises(RuntimeError, match="inside"), use_backend("reference"):
+        raise RuntimeError("inside")
+    assert dispatch.resolve("auto") == "auto"
+
+
+@pytest.mark.parametrize(
+    ("backend", "triton", "numba", "wanted"),
+    [
+        ("auto", None, None, "triton"),
+        ("auto", "no.", None, "numba"),
+        ("auto", "no.", "no.", "reference"),
+        ("reference", None, None, "reference"),
+        ("numba", None, None, "numba"),
+        ("triton", None, "no.", "triton"),
+    ],
+)
+def test_choice(backend, triton, numba, wanted):
+    assert dispatch.choose(backend, triton=triton, numba=numba) == wanted
+
+
+def test_a_choice_that_cannot_run_gives_its_reason():
+    with pytest.raises(BackendError, match=r"backend='numba': it rains\. Use backend='auto'"):
+        dispatch.choose("numba", triton=None, numba="it rains.")
+    with use_backend("triton"), pytest.raises(BackendError, match="backend='triton': no GPU"):
+        dispatch.choose("auto", triton="no GPU.", numba=None)
+
+
 def test_unknown_name():
     with pytest.raises(OptionError, match="expected one of auto, reference, numba, triton, got 'cuda'"):
         lif(X, backend="cuda")

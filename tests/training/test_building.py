@@ -13,6 +13,8 @@ from spikefit.training import (
     AveragedWeights,
     build_augmentation,
     build_data,
+    build_encoding,
+    build_loss,
     build_model,
     build_optimizer,
     build_step,
@@ -57,6 +59,23 @@ def test_neuron_norm_and_strategy_reach_the_model(small):
     unit = model.blocks[1]
     assert (unit.neuron.tau, unit.neuron.v_reset, unit.norm.time_scope) == (4.0, 0.0, "step")
     assert (model.strategy.name, model.strategy.option) == ("checkpoint", "2")
+
+
+def test_encoding_and_loss_are_those_of_the_recipe(small):
+    image = torch.rand(2, 1, 8, 8)
+    encoding = build_encoding(small(timesteps="5"))
+    assert (encoding.name, encoding.timesteps) == ("repeat", 5)
+    assert torch.equal(encoding(image), image.expand(5, *image.shape))
+    drawn = build_encoding(small(encoding="rate"))
+    assert drawn(image, torch.Generator().manual_seed(0)).unique().tolist() == [0, 1]
+    logits, targets = torch.randn(3, 4, 10), torch.arange(4)
+    steps, mean = (build_loss(small(loss=name)) for name in ("ce_steps", "ce_mean"))
+    assert (steps.splits_per_step, mean.splits_per_step) == (True, False)
+    wanted = torch.nn.functional.cross_entropy(logits.mean(0), targets)
+    torch.testing.assert_close(mean(logits, targets), wanted)
+    torch.testing.assert_close(
+        steps(logits, targets), torch.stack([steps.step(logits_t, targets) for logits_t in logits]).mean()
+    )
 
 
 def test_own_factory(small):

@@ -1,9 +1,10 @@
 """Chains in depth: blocks one after the other, each over the whole sequence."""
 
-import contextlib
 import difflib
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,16 +64,21 @@ def run_checkpointed(blocks: list[nn.Module], x: Tensor, state: State, option: s
             x,
             state[run],
             use_reentrant=False,
-            context_fn=lambda: (contextlib.nullcontext(), _second_pass(backend)),
+            context_fn=partial(_contexts, blocks[run], backend),
         )
         after.extend(s)
     return x, tuple(after)
 
 
-@contextlib.contextmanager
-def _second_pass(backend: str) -> Iterator[None]:
+def _contexts(blocks: list[nn.Module], backend: str) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """What a run, and its repetition in backward, run in."""
+    return nullcontext(), _second_pass(blocks, backend)
+
+
+@contextmanager
+def _second_pass(blocks: list[nn.Module], backend: str) -> Iterator[None]:
     """Statistics stand still, and `use_backend` is what it was in the first pass, wherever backward is called."""
-    with frozen_statistics(), use_backend(backend):
+    with frozen_statistics(blocks), use_backend(backend):
         yield
 
 

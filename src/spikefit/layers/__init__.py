@@ -4,7 +4,7 @@ from spikefit.layers.block import ResidualBlock
 from spikefit.layers.norm import NORMS, BatchNorm, StepBatchNorm, create_norm, frozen_statistics
 from spikefit.layers.shape import AveragePoolTime, Dropout, Flatten, FlattenTime, GlobalAveragePool, Readout
 from spikefit.layers.unit import KEEPS, SpikingConv1d, SpikingConv2d, SpikingLinear, SpikingUnit
-from spikefit.layers.weight import StandardizedConv2d, StandardizedLinear, apply_weight
+from spikefit.layers.weight import StandardizedConv1d, StandardizedConv2d, StandardizedLinear, apply_weight
 
 __all__ = [
     "KEEPS",
@@ -21,6 +21,7 @@ __all__ = [
     "SpikingConv2d",
     "SpikingLinear",
     "SpikingUnit",
+    "StandardizedConv1d",
     "StandardizedConv2d",
     "StandardizedLinear",
     "StepBatchNorm",

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spikefit.errors import StateError
 from spikefit.layers.packed import Spikes
 from spikefit.layers.unit import SpikingConv2d, SpikingUnit
 
@@ -53,6 +54,12 @@ class ResidualBlock(nn.Module):
         self, x: Spikes, state: tuple[Tensor | None, Tensor | None] | None = None, *, packed: bool = False
     ) -> tuple[Any, Any]:
         """Sequence and two membranes (None for zeros) -> (spikes, two membranes); `packed` as in `SpikingUnit`."""
+        if state is not None and (not isinstance(state, tuple) or len(state) != 2):
+            got = f"{len(state)} entries" if isinstance(state, tuple) else type(state).__name__
+            raise StateError(
+                f"ResidualBlock: expected a state of two membranes, got {got}. Pass what the last call returned, "
+                "or None to start from zero."
+            )
         v_first, v_second = (None, None) if state is None else state
         y, v_first = self.first(x, v_first, packed=packed)
         shortcut = x if self.short is None else self.short(x, packed=packed)[0]

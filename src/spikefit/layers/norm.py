@@ -1,9 +1,8 @@
 """Norms. Each declares `time_scope`: "none", "step" (can be used step by step) or "sequence" (needs all T together)."""
 
 import contextlib
-import contextvars
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -14,8 +13,6 @@ from spikefit.ops.dispatch import Backend, check_backend
 from spikefit.ops.norm import Moments, affine, channel_norm
 
 TimeScope = Literal["none", "step", "sequence"]
-
-_frozen: contextvars.ContextVar[bool] = contextvars.ContextVar("spikefit_frozen_statistics", default=False)
 
 
 class Normal(NamedTuple):
@@ -36,16 +33,20 @@ class Normal(NamedTuple):
 
 
 @contextlib.contextmanager
-def frozen_statistics() -> Iterator[None]:
-    """Within the block, norms normalise as usual but leave their running statistics alone.
+def frozen_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block, the norms in `modules` normalise as usual but leave their running statistics alone.
 
     A forward that is run again for backward uses it, so that statistics are updated once.
     """
-    token = _frozen.set(True)
+    norms = [m for module in modules for m in module.modules() if isinstance(m, BatchNorm)]
+    before = [norm.frozen for norm in norms]
+    for norm in norms:
+        norm.frozen = True
     try:
         yield
     finally:
-        _frozen.reset(token)
+        for norm, value in zip(norms, before, strict=True):
+            norm.frozen = value
 
 
 class BatchNorm(nn.Module):
@@ -88,6 +89,8 @@ class BatchNorm(nn.Module):
         check_backend(backend)
         self.channels, self.eps, self.momentum = channels, eps, momentum
         self.backend: Backend = backend
+        # set by `frozen_statistics`
+        self.frozen = False
         self.weight = nn.Parameter(torch.full((channels,), float(initial_weight)))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.running_mean: Tensor
@@ -121,7 +124,7 @@ class BatchNorm(nn.Module):
     @torch.no_grad()
     def track(self, moments: Moments, repeats: int = 1) -> None:
         """Move the running statistics once per row of the moments, unless they are frozen."""
-        if _frozen.get():
+        if self.frozen:
             return
         rows = moments.mean.shape[0]
         # a repeated step counts T times in one sequence, but is T batches of its own in per-step statistics
@@ -130,9 +133,13 @@ class BatchNorm(nn.Module):
         for row in range(rows):
             for _ in range(times):
                 self.num_batches_tracked += 1
-                share = self.momentum if self.momentum is not None else 1 / int(self.num_batches_tracked)
+                share = self.momentum if self.momentum is not None else self._equal_share()
                 self.running_mean.lerp_(moments.mean[row].to(self.running_mean.dtype), share)
                 self.running_var.lerp_(unbiased[row].to(self.running_var.dtype), share)
+
+    def _equal_share(self) -> Tensor:
+        """1 / batches so far, as a tensor: reading the number would stop a GPU and break a compiled graph."""
+        return self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
 
     def extra_repr(self) -> str:
         return f"{self.channels}, eps={self.eps:g}, momentum={self.momentum}, time_scope={self.time_scope}"

@@ -1,5 +1,6 @@
 """Layers without a neuron: flatten, pool, dropout and the read-out; (sequence, state) in and out, like units."""
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 
 from spikefit.errors import OptionError, ShapeError
 from spikefit.layers.packed import PackedSpikes, Spikes
-from spikefit.layers.weight import apply_weight
+from spikefit.layers.weight import apply_weight, check_floating, check_input
 from spikefit.neurons import LeakyReadout
 
 
@@ -30,7 +31,10 @@ class Flatten(Stateless):
 
     def forward(self, x: Spikes, state: None = None, *, packed: bool = False) -> tuple[Any, None]:
         if len(x.shape) < 3:
-            raise ShapeError(f"Flatten: expected [T, B, ...], got {tuple(x.shape)}.")
+            raise ShapeError(
+                f"Flatten: expected [T, B, C, ...], got {tuple(x.shape)}. "
+                "Time comes first: encoding.repeat(x, timesteps=T) adds it to a static input."
+            )
         if isinstance(x, PackedSpikes):
             return x.flatten() if packed else x.flatten().dense(), None
         return x.flatten(2), None
@@ -43,9 +47,13 @@ class GlobalAveragePool(Stateless):
 
     def forward(self, x: Spikes, state: None = None, *, packed: bool = False) -> tuple[Tensor, None]:
         if len(x.shape) < 4:
-            raise ShapeError(f"GlobalAveragePool: expected [T, B, C, ...], got {tuple(x.shape)}.")
+            raise ShapeError(
+                f"GlobalAveragePool: expected [T, B, C, L] or [T, B, C, H, W], got {tuple(x.shape)}. "
+                "Put it where the sequence still has space axes."
+            )
         if isinstance(x, PackedSpikes):
             return x.mean_over_space(), None
+        check_floating("GlobalAveragePool", x)
         return x.mean(tuple(range(3, x.ndim))), None
 
 
@@ -61,8 +69,15 @@ class AveragePoolTime(Stateless):
     def __init__(self, kernel_size: int = 2, *, stride: int | None = None, padding: int = 0) -> None:
         super().__init__()
         self.pool = nn.AvgPool1d(kernel_size, kernel_size if stride is None else stride, padding)
+        self.reach, self.padding = kernel_size, padding
 
     def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
+        _check_over_time("AveragePoolTime", x)
+        if x.shape[0] + 2 * self.padding < self.reach:
+            raise ShapeError(
+                f"AveragePoolTime: expected at least {self.reach - 2 * self.padding} time steps, got T = {x.shape[0]}. "
+                "Give it a longer sequence or a smaller kernel."
+            )
         return self.pool(x.permute(1, 2, 0)).permute(2, 0, 1), None
 
     def init_state(self, batch_size: int, shape: tuple[int, ...], *, device: Any = None, dtype=torch.float32):
@@ -75,6 +90,7 @@ class FlattenTime(Stateless):
     consumes_time = True
 
     def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
+        _check_over_time("FlattenTime", x)
         return x.permute(1, 2, 0).flatten(1).unsqueeze(0), None
 
     def init_state(self, batch_size: int, shape: tuple[int, ...], *, device: Any = None, dtype=torch.float32):
@@ -119,13 +135,14 @@ class Readout(nn.Module):
 
     def __init__(self, in_features: int, num_classes: int, *, tau: float | None = None) -> None:
         super().__init__()
-        if num_classes < 1:
-            raise OptionError(f"Readout: num_classes must be at least 1, got {num_classes}.")
+        if not is_count(num_classes):
+            raise OptionError(f"Readout: num_classes must be at least 1, a whole number, got {num_classes!r}.")
         self.linear = nn.Linear(in_features, num_classes)
         self.membrane = None if tau is None else LeakyReadout(tau=tau)
 
     def forward(self, x: Tensor, v_0: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Sequence [T, B, C] and membrane [B, K] -> (logits [T, B, K], membrane)."""
+        check_input(self.linear, x, who="Readout")
         logits = apply_weight(self.linear, x)
         return (logits, None) if self.membrane is None else self.membrane(logits, v_0)
 
@@ -133,6 +150,24 @@ class Readout(nn.Module):
         self, batch_size: int, shape: tuple[int, ...], *, device: Any = None, dtype: torch.dtype = torch.float32
     ) -> tuple[Any, tuple[int, ...]]:
         """(zero membrane or None, shape of one output sample)."""
+        sample = torch.empty((1, 1, *shape), dtype=self.linear.weight.dtype, device="meta")
+        check_input(self.linear, sample, who="Readout")
         classes = self.linear.out_features
         v = None if self.membrane is None else torch.zeros((batch_size, classes), device=device, dtype=dtype)
         return v, (classes,)
+
+
+def is_count(value: object) -> bool:
+    """Whether `value` is a whole number of at least 1."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def _check_over_time(who: str, x: Tensor) -> None:
+    if x.ndim != 3:
+        hint = (
+            "Flatten() in front of it makes one axis of features."
+            if x.ndim > 3
+            else "Time comes first, then the batch."
+        )
+        raise ShapeError(f"{who}: expected x as [T, B, C], got {tuple(x.shape)}. {hint}")
+    check_floating(who, x)

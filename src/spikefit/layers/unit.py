@@ -13,6 +13,7 @@ from spikefit.layers.lean import run_lean
 from spikefit.layers.norm import BatchNorm, Normal, create_norm
 from spikefit.layers.packed import PackedSpikes, Spikes, dense, packed_or_dense
 from spikefit.layers.weight import (
+    StandardizedConv1d,
     StandardizedConv2d,
     StandardizedLinear,
     Weight,
@@ -100,11 +101,11 @@ class SpikingUnit(nn.Module):
             (spikes [T, B, C_out, ...] after the pool, last membrane before the pool); (current, None) without a neuron.
 
         Raises:
-            ShapeError: no time axis, T = 0, or another number of channels.
+            ShapeError: no time axis, T = 0, another number of channels or dtype, or sides too small for kernel or pool.
             StateError: a membrane of another batch.
             StrategyError: `keep` is not "all" and norm or neuron are of a kind that cannot be rebuilt.
         """
-        self._check_time(x)
+        self._check_input(x)
         if self.keep != "all" and self.neuron is not None:
             spikes, v_T = self._run_lean(x, v_0, shortcut)
             return spikes if packed else spikes.dense(), v_T
@@ -119,7 +120,7 @@ class SpikingUnit(nn.Module):
         return pool_spikes(spikes, self.pool), v_T
 
     def _check_channels(self, x: Tensor) -> None:
-        check_input(self.synapse, x)
+        check_input(self.synapse, x, who=type(self).__name__)
 
     def _current(self, x: Tensor) -> Tensor:
         """norm(W * x)."""
@@ -154,6 +155,7 @@ class SpikingUnit(nn.Module):
             keep=self.keep,
             backend=neuron.backend,
         )
+        _check_pool(tuple(v_T.shape[2:]), self.pool)
         for unit, branch, pair in zip(units, branches, statistics, strict=True):
             if pair is not None and isinstance(unit.norm, BatchNorm):
                 mean, var = (t.to(v_T.dtype) for t in pair)
@@ -166,7 +168,6 @@ class SpikingUnit(nn.Module):
         """norm(W * x) as a term of a lean unit's current."""
         x = packed_or_dense(x)
         as_tensor = x.carrier if isinstance(x, PackedSpikes) else x
-        self._check_channels(as_tensor)
         if self.norm is not None and not isinstance(self.norm, BatchNorm):
             raise StrategyError(
                 f"{type(self.norm).__name__} is a norm that a lean unit cannot rebuild; known are BatchNorm and "
@@ -190,20 +191,16 @@ class SpikingUnit(nn.Module):
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of one sample of the current, for input samples of `shape`."""
-        weight = torch.empty(self.synapse.weight.shape, device="meta")
-        return tuple(map_of(self.synapse)(torch.empty((1, *shape), device="meta"), weight, None).shape[1:])
+        weight = torch.empty_like(self.synapse.weight, device="meta")
+        x = weight.new_empty((1, 1, *shape))
+        self._check_channels(x)
+        return tuple(map_of(self.synapse)(x[0], weight, None).shape[1:])
 
-    def _check_time(self, x: Spikes) -> None:
+    def _check_input(self, x: Spikes) -> None:
         x = x.carrier if isinstance(x, PackedSpikes) else x
-        if x.ndim < 3:
-            raise ShapeError(
-                f"{type(self).__name__}: expected x as [T, B, C, ...], got {tuple(x.shape)}. "
-                "Time comes first: encoding.repeat(x, timesteps=T) adds it."
-            )
+        self._check_channels(x)
         if x.shape[0] == 0:
             raise ShapeError(f"{type(self).__name__}: expected at least one time step, got T = 0 in {tuple(x.shape)}.")
-        if not x.is_floating_point():
-            raise ShapeError(f"{type(self).__name__}: expected floating point input, got {x.dtype}; call x.float().")
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v}" for k, v in (("pool", self.pool), ("chunk", self.chunk)) if v is not None)
@@ -293,12 +290,9 @@ class SpikingConv1d(SpikingUnit):
             raise OptionError(f"SpikingConv1d: over must be 'space' or 'time', got {over!r}.")
         if over == "time" and (pool is not None or chunk is not None):
             raise OptionError("SpikingConv1d: over='time' takes no pool and no chunk; use AveragePoolTime behind it.")
-        if norm == "ws":
-            raise OptionError(
-                "SpikingConv1d: norm 'ws' exists for SpikingConv2d and SpikingLinear; use 'bn' or 'none'."
-            )
         neuron = _neuron(neuron)
-        synapse = nn.Conv1d(
+        make = StandardizedConv1d if norm == "ws" else nn.Conv1d
+        synapse = make(
             in_channels,
             out_channels,
             kernel_size,
@@ -306,7 +300,7 @@ class SpikingConv1d(SpikingUnit):
             padding=dilation * (kernel_size // 2) if padding is None else padding,
             dilation=dilation,
             groups=groups,
-            bias=norm == "none",
+            bias=norm in ("ws", "none"),
         )
         super().__init__(synapse, _norm(norm, out_channels, neuron), neuron, pool=pool, chunk=chunk)
         self.over = over
@@ -318,7 +312,7 @@ class SpikingConv1d(SpikingUnit):
         return apply_weight(self.synapse, _time_as_length(x))[0].permute(2, 0, 1).contiguous()
 
     def _check_channels(self, x: Tensor) -> None:
-        check_input(self.synapse, x if self.over == "space" else _time_as_length(x))
+        check_input(self.synapse, x, who=type(self).__name__, over_time=self.over == "time")
 
     def _current(self, x: Tensor) -> Tensor:
         if self.over == "space":
@@ -390,8 +384,17 @@ def pool_spikes(s: Tensor, pool: str | None) -> Tensor:
         return s
     if s.ndim not in (4, 5):
         raise ShapeError(f"pool: expected [T, B, C, L] or [T, B, C, H, W], got {tuple(s.shape)}.")
+    _check_pool(tuple(s.shape[3:]), pool)
     functions = {("max", 4): F.max_pool1d, ("max", 5): F.max_pool2d, ("avg", 4): F.avg_pool1d, ("avg", 5): F.avg_pool2d}
     return functions[pool, s.ndim](s.flatten(0, 1), 2).unflatten(0, s.shape[:2])  # type: ignore[operator]
+
+
+def _check_pool(space: tuple[int, ...], pool: str | None) -> None:
+    if pool is not None and min(space, default=2) < 2:
+        raise ShapeError(
+            f"pool: expected at least 2 pixels a side, got {'x'.join(map(str, space))}. "
+            "Give the network larger samples, or take a pool out."
+        )
 
 
 def _neuron(neuron: NeuronLike) -> SpikingNeuron | None:

@@ -6,7 +6,7 @@ to agree to rounding, runs on the folded batch [T * B, ...] in one call.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -26,14 +26,14 @@ def apply_weight(module: Weight, x: Tensor, *, chunk: int | None = None) -> Tens
 
     Args:
         module: nn.Conv1d, nn.Conv2d or nn.Linear (or the standardised forms of this file).
-        x: [T, B, C, ...] for convolutions, [T, B, ..., C] for linear maps.
+        x: [T, B, C, ...] for convolutions, [T, B, C] for linear maps.
         chunk: batch rows per call; None for all rows of a step.
 
     Returns:
         z: [T, B, C_out, ...]; 2-d convolutions return channels-last steps.
 
     Raises:
-        ShapeError: another rank or number of channels than the module expects.
+        ShapeError: another rank, number of channels or dtype than the module expects, or a side below its kernel.
     """
     check_input(module, x)
     weight, bias = parameters_of(module, x.device.type)
@@ -103,7 +103,8 @@ def map_of(module: Weight) -> Map:
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
         raise OptionError(f"apply_weight: give {type(module).__name__} a numeric zero padding.")
     kind = "conv2d" if isinstance(module, nn.Conv2d) else "conv1d"
-    stride, thin = tuple(module.stride), tuple[int, ...]()
+    stride: tuple[int, ...] = tuple(module.stride)
+    thin: tuple[int, ...] = ()
     if set(module.kernel_size) == {1} and set(module.padding) == {0} and max(stride) > 1:
         # oneDNN writes out of bounds in the weight gradient of strided 1x1 convolutions (seen in torch 2.13 on CPU)
         stride, thin = (1,) * len(stride), stride
@@ -113,7 +114,7 @@ def map_of(module: Weight) -> Map:
 def parameters_of(module: Weight, device: str) -> tuple[Tensor, Tensor | None]:
     """(weight, bias) as the map takes them: standardised, and cast where autocast asks for it."""
     weight, bias = module.weight, module.bias
-    if isinstance(module, StandardizedConv2d | StandardizedLinear):
+    if isinstance(module, Standardized):
         weight = module.standardized()
     if autocasting(device):
         dtype = torch.get_autocast_dtype(device)
@@ -126,23 +127,73 @@ def autocasting(device: str) -> bool:
     return torch.is_autocast_enabled(device)
 
 
-def check_input(module: Weight, x: Tensor) -> None:
-    """Raise ShapeError unless `x` is a sequence that the module takes."""
-    name = type(module).__name__
-    if isinstance(module, nn.Linear):
-        if x.ndim < 3 or x.shape[-1] != module.in_features:
-            raise ShapeError(
-                f"{name}: expected x as [T, B, {module.in_features}], got {tuple(x.shape)}. "
-                "Time comes first: encoding.repeat(x, timesteps=T) adds it."
-            )
-        return
-    space = "H, W" if isinstance(module, nn.Conv2d) else "L"
-    rank = 5 if isinstance(module, nn.Conv2d) else 4
-    if x.ndim != rank or x.shape[2] != module.in_channels:
+def check_input(module: Weight, x: Tensor, *, who: str | None = None, over_time: bool = False) -> None:
+    """Raise ShapeError unless `x` is a sequence that the module takes.
+
+    Args:
+        module: the weight.
+        x: the sequence; with `over_time` the convolution reaches over its steps, [T, B, C].
+        who: name in the message; that of the module if None.
+    """
+    who = type(module).__name__ if who is None else who
+    dense, space = isinstance(module, nn.Linear), SPACE[2 if isinstance(module, nn.Conv2d) else 1]
+    if dense or over_time:
+        space = ()
+    channels = module.in_features if isinstance(module, nn.Linear) else module.in_channels
+    if x.ndim != 3 + len(space) or x.shape[2] != channels:
+        wanted = ", ".join(("T", "B", str(channels), *space))
+        hint = _shape_hint(x, channels, len(space), "features" if dense else "channels", over_time)
+        raise ShapeError(f"{who}: expected x as [{wanted}], got {tuple(x.shape)}. {hint}")
+    check_floating(who, x)
+    if x.dtype != module.weight.dtype and not autocasting(x.device.type):
         raise ShapeError(
-            f"{name}: expected x as [T, B, {module.in_channels}, {space}], got {tuple(x.shape)}. "
-            "A static input needs a time axis: encoding.repeat(x, timesteps=T)."
+            f"{who}: expected x in {module.weight.dtype}, the dtype of its weight, got {x.dtype}. "
+            f"Call x.to({module.weight.dtype}), or convert the model: model.to({x.dtype})."
         )
+    if not isinstance(module, nn.Linear):
+        _check_reach(who, map_of(module), module.kernel_size, tuple(x.shape[3:]) if space else (x.shape[0],), over_time)
+
+
+# names of the space axes, by their number
+SPACE: dict[int, tuple[str, ...]] = {1: ("L",), 2: ("H", "W")}
+
+
+def check_floating(who: str, x: Tensor) -> None:
+    """Raise ShapeError unless `x` holds real floating point numbers."""
+    if not x.is_floating_point():
+        hint = "take x.real or x.abs()" if x.is_complex() else "call x.float(), and scale images to [0, 1]"
+        raise ShapeError(f"{who}: expected floating point input, got {x.dtype}; {hint}.")
+
+
+def _shape_hint(x: Tensor, channels: int, space: int, what: str, over_time: bool) -> str:
+    """What to do about a sequence of another rank or number of channels."""
+    if x.ndim == 2 and over_time:
+        return "A single sequence needs a batch axis: x.unsqueeze(1)."
+    if x.ndim == 2 + space:
+        return "Time comes first: encoding.repeat(x, timesteps=T) adds it to a static input."
+    if x.ndim == 3 + space:
+        if space and x.shape[-1] == channels:
+            return "Channels come third: x.movedim(-1, 2)."
+        return f"Give it {channels} {what}, or create it with in_{what}={x.shape[2]}."
+    if space == 0 and x.ndim > 3:
+        return "Flatten() in front of it makes one axis of features, GlobalAveragePool() the mean over space."
+    return "Time comes first, then the batch, then the channels."
+
+
+def _check_reach(who: str, map_: Map, kernel: tuple[int, ...], sides: tuple[int, ...], over_time: bool) -> None:
+    """Raise ShapeError if the kernel is larger than the padded input."""
+    smallest = [d * (k - 1) + 1 - 2 * p for d, k, p in zip(map_.dilation, kernel, map_.padding, strict=True)]
+    if any(side < least for side, least in zip(sides, smallest, strict=True)):
+        wanted, got = _times(max(1, least) for least in smallest), _times(sides)
+        wanted, got = (f"{wanted} time steps", f"T = {got}") if over_time else (f"a side of {wanted}", got)
+        raise ShapeError(
+            f"{who}: expected at least {wanted} for a kernel of {_times(kernel)}, dilation {_times(map_.dilation)} and "
+            f"padding {_times(map_.padding)}, got {got}. Give it a larger input, more padding or a smaller kernel."
+        )
+
+
+def _times(sides: Iterable[int]) -> str:
+    return "x".join(map(str, sides))
 
 
 class _Stepwise(torch.autograd.Function):
@@ -194,43 +245,42 @@ def _empty(piece: Tensor, T: int, B: int) -> Tensor:
     return torch.empty(shape, dtype=piece.dtype, device=piece.device, memory_format=order).unflatten(0, (T, B))
 
 
-class StandardizedConv2d(nn.Conv2d):
-    """Convolution whose weight has mean 0 and variance 1 / fan_in per output channel, times a learnable gain.
+class Standardized(nn.Module):
+    """Weight of mean 0 and variance 1 / fan_in per output channel, times a learnable gain.
 
         W' = gain (W - mean(W)) / sqrt(fan_in var(W) + eps)
 
-    Used with `norm="ws"`, where no statistics of activations exist.
+    Base of the convolutions and linear maps used with `norm="ws"`, where no statistics of activations exist.
 
     Source: Qiao et al. 2019, arXiv:1903.10520; scaling of Brock et al. 2021, arXiv:2101.08692.
     """
 
+    weight: Tensor
+
     def __init__(self, *args, eps: float = 1e-4, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.eps = eps
-        self.gain = nn.Parameter(torch.ones(self.out_channels))
+        self.gain = nn.Parameter(torch.ones(len(self.weight)))
 
     def standardized(self) -> Tensor:
         """W', shape of `weight`."""
         return _standardize(self.weight, self.gain, self.eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.standardized(), self.bias, self.stride, self.padding, self.dilation, self.groups)
+        """Rows [N, C, ...] -> [N, C_out, ...], as torch's own layer with the weight W'."""
+        return map_of(self)(x, self.standardized(), self.bias)  # type: ignore[arg-type]
 
 
-class StandardizedLinear(nn.Linear):
-    """Linear map with the standardised weight of `StandardizedConv2d`."""
+class StandardizedConv1d(Standardized, nn.Conv1d):
+    """nn.Conv1d with a standardised weight."""
 
-    def __init__(self, *args, eps: float = 1e-4, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.eps = eps
-        self.gain = nn.Parameter(torch.ones(self.out_features))
 
-    def standardized(self) -> Tensor:
-        """W', shape of `weight`."""
-        return _standardize(self.weight, self.gain, self.eps)
+class StandardizedConv2d(Standardized, nn.Conv2d):
+    """nn.Conv2d with a standardised weight."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.standardized(), self.bias)
+
+class StandardizedLinear(Standardized, nn.Linear):
+    """nn.Linear with a standardised weight."""
 
 
 def _standardize(weight: Tensor, gain: Tensor, eps: float) -> Tensor:

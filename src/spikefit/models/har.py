@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from spikefit.layers import AveragePoolTime, Dropout, FlattenTime, Readout, SpikingConv1d, SpikingLinear
+from spikefit.models.checks import check_count, check_counts, check_input_shape
 from spikefit.models.network import SpikingNetwork
 
 
@@ -32,10 +33,15 @@ def har_mlp(
 
     Returns:
         SpikingNetwork, [T, B, C] -> [T, B, K].
+
+    Raises:
+        OptionError: input_shape is not (channels,), or hidden, layers or num_classes is below 1.
     """
-    widths = [input_shape[0], *[hidden] * layers]
+    (channels,) = check_input_shape("har_mlp", input_shape, ("channels",))
+    check_count("har_mlp", "hidden", hidden)
+    widths = [channels, *[hidden] * check_count("har_mlp", "layers", layers)]
     blocks: list[nn.Module] = [SpikingLinear(a, b, norm=norm, neuron=neuron, chunk=chunk) for a, b in pairwise(widths)]
-    return SpikingNetwork([*blocks, Readout(hidden, num_classes, tau=head_tau)], input_shape=tuple(input_shape))
+    return SpikingNetwork([*blocks, Readout(hidden, num_classes, tau=head_tau)], input_shape=(channels,))
 
 
 def har_conv(
@@ -64,14 +70,18 @@ def har_conv(
     Returns:
         SpikingNetwork, [T, B, C] -> [1, B, K]; 98,502 parameters with the defaults.
 
+    Raises:
+        OptionError: input_shape is not (channels,), no width, or widths, timesteps or num_classes below 1.
+
     Source: layout of the public SNN_HAR release (Intelligent-Computing-Lab-Yale).
     """
-    channels, length, blocks = input_shape[0], timesteps, list[nn.Module]()
-    for i, out in enumerate(widths):
+    shape = check_input_shape("har_conv", input_shape, ("channels",))
+    channels, length, blocks = shape[0], check_count("har_conv", "timesteps", timesteps), list[nn.Module]()
+    for i, out in enumerate(check_counts("har_conv", "widths", widths)):
         blocks.append(SpikingConv1d(channels, out, 8, padding=4, over="time", norm=norm, neuron=neuron))
         blocks.append(AveragePoolTime(2, stride=2, padding=1))
         if i == 0:
             blocks.append(Dropout(dropout))
         channels, length = out, (length + 1 + 2 - 2) // 2 + 1
     blocks += [FlattenTime(), Readout(channels * length, num_classes)]
-    return SpikingNetwork(blocks, input_shape=tuple(input_shape), timesteps=timesteps)
+    return SpikingNetwork(blocks, input_shape=shape, timesteps=timesteps)

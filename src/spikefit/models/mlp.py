@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from spikefit.errors import OptionError
 from spikefit.layers import Flatten, Readout, SpikingLinear
+from spikefit.models.checks import check_counts, check_input_shape
 from spikefit.models.network import SpikingNetwork
 
 
@@ -33,14 +33,13 @@ def mlp(
         SpikingNetwork, [T, B, *input_shape] -> [T, B, K].
 
     Raises:
-        OptionError: no hidden layer, or a width below 1.
+        OptionError: no hidden layer, or a width or a size of the input below 1.
     """
-    if not hidden or min(hidden) < 1:
-        raise OptionError(f"mlp: hidden must list at least one width of 1 or more, got {tuple(hidden)}.")
-    features = math.prod(input_shape)
-    blocks: list[nn.Module] = [Flatten()] if len(input_shape) > 1 else []
-    for out in hidden:
+    shape = check_input_shape("mlp", input_shape)
+    features = math.prod(shape)
+    blocks: list[nn.Module] = [Flatten()] if len(shape) > 1 else []
+    for out in check_counts("mlp", "hidden", hidden):
         blocks.append(SpikingLinear(features, out, norm=norm, neuron=neuron, chunk=chunk))
         features = out
     blocks.append(Readout(features, num_classes, tau=head_tau))
-    return SpikingNetwork(blocks, input_shape=tuple(input_shape))
+    return SpikingNetwork(blocks, input_shape=shape)

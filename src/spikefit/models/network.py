@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from spikefit.engines.strategy import Strategy, parse_strategy
 from spikefit.errors import OptionError, ShapeError, StateError, StrategyError
+from spikefit.layers.weight import check_floating
+from spikefit.models.checks import check_count
 
 State = tuple[Any, ...]
 
@@ -67,7 +69,7 @@ class SpikingNetwork(nn.Module):
             logits [T, B, K] (T = 1 if the network consumes time).
 
         Raises:
-            ShapeError: no time axis, T = 0, or another number of channels.
+            ShapeError: no time axis, T = 0, another number of channels, or sides that do not pass the network.
         """
         self._check(x)
         logits, _ = self.strategy.run(list(self.blocks), x, (None,) * len(self.blocks))
@@ -78,12 +80,24 @@ class SpikingNetwork(nn.Module):
 
         Raises:
             StateError: a state of another network or batch.
-            ShapeError: as `forward`; also in training with a norm that needs the whole sequence.
+            ShapeError: as `forward`; also in training with a norm that needs the whole sequence, and if the network
+                consumes time.
         """
+        if self.timesteps is not None:
+            raise ShapeError(
+                f"{type(self).__name__}: {self.time_consumers()[0]} needs all {self.timesteps} time steps in one call, "
+                "so there are no pieces to run. Call model(x) on a whole window, or step, which keeps the last window."
+            )
         self._check(x)
         self._check_pieces()
         self._check_state(state)
-        return self.strategy.run(list(self.blocks), x, state)
+        try:
+            return self.strategy.run(list(self.blocks), x, state)
+        except StateError as error:
+            raise StateError(
+                f"{type(self).__name__}: the state is not one of {x.shape[1]} samples of {tuple(x.shape[2:])}. {error} "
+                f"model.init_state({x.shape[1]}) makes one for the network."
+            ) from None
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         """One time step: input [B, ...] and state -> (logits [B, K], state).
@@ -99,7 +113,15 @@ class SpikingNetwork(nn.Module):
         if self.timesteps is not None:
             self._check_state(state)
             self._check_pieces()
-            window = torch.cat([state[0][1:], x_t.unsqueeze(0)])
+            window = state[0]
+            if not isinstance(window, Tensor) or window.shape != (self.timesteps, *x_t.shape):
+                got = tuple(window.shape) if isinstance(window, Tensor) else type(window).__name__
+                raise StateError(
+                    f"{type(self).__name__}: expected x_t [B, {', '.join(map(str, self.input_shape))}] and a window of "
+                    f"the last {self.timesteps} of them as state, got {tuple(x_t.shape)} and {got}. "
+                    "Start with model.init_state(batch_size) and pass on what step returns."
+                )
+            window = torch.cat([window[1:], x_t.unsqueeze(0)])
             return self.forward(window)[-1], (window,)
         logits, state = self.run(x_t.unsqueeze(0), state)
         return logits[0], state
@@ -110,17 +132,41 @@ class SpikingNetwork(nn.Module):
         input_shape: tuple[int, ...] | None = None,
         *,
         device: Any = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> State:
-        """Zero state for `batch_size` samples of `input_shape` (default: that of the network)."""
-        if batch_size < 1:
-            raise OptionError(f"init_state: batch_size must be at least 1, got {batch_size}.")
+        """Zero state for samples like those that `step` will get.
+
+        Args:
+            batch_size: B.
+            input_shape: shape of one sample; that of the network if None.
+            device, dtype: of the state; None for those of the parameters. Membranes of networks in half precision are
+                float32.
+
+        Raises:
+            OptionError: batch_size below 1.
+            ShapeError: samples of `input_shape` do not pass the network; the block is named.
+        """
+        check_count("init_state", "batch_size", batch_size)
         shape = self.input_shape if input_shape is None else tuple(input_shape)
+        like = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
+        device = like.device if device is None else device
         if self.timesteps is not None:
-            return (torch.zeros((self.timesteps, batch_size, *shape), device=device, dtype=dtype),)
-        state = []
-        for block in self.blocks:
-            s, shape = cast(Any, block).init_state(batch_size, shape, device=device, dtype=dtype)
+            window = (self.timesteps, batch_size, *shape)
+            return (torch.zeros(window, device=device, dtype=like.dtype if dtype is None else dtype),)
+        if dtype is None:
+            dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        sample, state = shape, []
+        for i, block in enumerate(self.blocks):
+            try:
+                s, shape = cast(Any, block).init_state(batch_size, shape, device=device, dtype=dtype)
+            except ShapeError as error:
+                # its first sentence says what does not fit; what to do is known better here
+                fact = str(error).partition(". ")[0]
+                raise ShapeError(
+                    f"{type(self).__name__}: expected samples of {self.input_shape}, or of sides that pass all blocks, "
+                    f"got {sample}, which do not pass blocks.{i} ({fact}). "
+                    f"Resize them, or create the model with input_shape={sample}."
+                ) from None
             state.append(s)
         return tuple(state)
 
@@ -138,21 +184,33 @@ class SpikingNetwork(nn.Module):
         who, shape = type(self).__name__, self.input_shape
         if x.ndim != len(shape) + 2 or (x.shape[2] != shape[0]):
             wanted = ", ".join(["T", "B", *map(str, shape)])
-            hint = (
-                "A static input needs a time axis: encoding.repeat(x, timesteps=T)."
-                if x.ndim == len(shape) + 1
-                else "Time comes first, then the batch."
-            )
-            raise ShapeError(f"{who}: expected x as [{wanted}], got {tuple(x.shape)}. {hint}")
+            raise ShapeError(f"{who}: expected x as [{wanted}], got {tuple(x.shape)}. {self._shape_hint(x)}")
         if x.shape[0] == 0 or x.shape[1] == 0:
             raise ShapeError(f"{who}: expected at least one time step and one sample, got x of shape {tuple(x.shape)}.")
-        if not x.is_floating_point():
-            raise ShapeError(f"{who}: expected floating point input, got {x.dtype}; call x.float() and scale it.")
+        check_floating(who, x)
+        if x.shape[2:] != shape and self.timesteps is None and all(hasattr(b, "init_state") for b in self.blocks):
+            # other sides than it was made for: torch would fail inside, or a pool leave nothing
+            self.init_state(1, tuple(x.shape[2:]), device="meta")
         if self.timesteps is not None and x.shape[0] != self.timesteps:
             raise ShapeError(
                 f"{who}: it consumes time and was made for T = {self.timesteps}, got T = {x.shape[0]}; "
                 f"create it with timesteps={x.shape[0]} or cut the sequence."
             )
+
+    def _shape_hint(self, x: Tensor) -> str:
+        """What to do about a sequence of another rank or number of channels."""
+        rank, channels = len(self.input_shape) + 2, self.input_shape[0]
+        if x.ndim == rank - 1 and self.timesteps is not None:
+            return "A single sequence needs a batch axis: x.unsqueeze(1)."
+        if x.ndim == rank - 1:
+            return "A static input needs a time axis: encoding.repeat(x, timesteps=T)."
+        if x.ndim != rank:
+            return "Time comes first, then the batch."
+        if rank > 3 and x.shape[-1] == channels:
+            return "Channels come third: x.movedim(-1, 2)."
+        if rank == 3 and x.shape[1] == channels:
+            return "Time comes first and channels third: x.permute(2, 0, 1) for [B, C, T]."
+        return f"Give it {channels} channels, or create it with input_shape={tuple(x.shape[2:])}."
 
     def _check_pieces(self) -> None:
         norms = self.sequence_norms() if self.training else []

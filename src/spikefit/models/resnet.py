@@ -1,15 +1,16 @@
 """Spiking ResNet19."""
 
-import math
 from typing import Any
 
 from torch import nn
 
 from spikefit.errors import OptionError
 from spikefit.layers import GlobalAveragePool, Readout, ResidualBlock, SpikingConv2d
+from spikefit.models.checks import check_input_shape, check_width
 from spikefit.models.network import SpikingNetwork
 
-# Width of each stage; both are published, see docs of EfficientLIF-Net.
+# Width of each stage. The release of arXiv:2305.18360 has both: "wide" in the networks that share membranes, and
+# "narrow" in the baseline they are compared with.
 WIDTHS: dict[str, tuple[int, int, int]] = {"wide": (256, 512, 512), "narrow": (128, 256, 512)}
 BLOCKS = (3, 3, 2)
 
@@ -39,21 +40,21 @@ def resnet19(
         SpikingNetwork, [T, B, C, H, W] -> [T, B, K].
 
     Raises:
-        OptionError: unknown width set, or width is not positive.
+        OptionError: unknown width set, input_shape is not (C, H, W), or width is not positive.
 
     Source: Zheng et al. 2021, arXiv:2011.05280; widths of Kim et al. 2023, arXiv:2305.18360.
     """
     if widths not in WIDTHS:
         raise OptionError(f"resnet19: widths must be one of {', '.join(WIDTHS)}, got {widths!r}.")
-    if not 0 < width < math.inf:
-        raise OptionError(f"resnet19: width must be a finite number > 0, got {width}.")
+    check_width("resnet19", width)
+    shape = check_input_shape("resnet19", input_shape, ("C", "H", "W"))
     options: dict[str, Any] = {"norm": norm, "neuron": neuron, "chunk": chunk}
     channels = max(1, round(128 * width))
-    blocks: list[nn.Module] = [SpikingConv2d(input_shape[0], channels, **options)]
+    blocks: list[nn.Module] = [SpikingConv2d(shape[0], channels, **options)]
     for stage, count in zip(WIDTHS[widths], BLOCKS, strict=True):
         out = max(1, round(stage * width))
         for i in range(count):
             blocks.append(ResidualBlock(channels, out, stride=2 if i == 0 else 1, **options))
             channels = out
     blocks += [GlobalAveragePool(), Readout(channels, num_classes, tau=head_tau)]
-    return SpikingNetwork(blocks, input_shape=input_shape)
+    return SpikingNetwork(blocks, input_shape=shape)

@@ -1,12 +1,12 @@
 """Spiking VGG networks: 3x3 convolution units, pooling of spikes, and a read-out at every step."""
 
-import math
 from typing import Any
 
 from torch import nn
 
 from spikefit.errors import OptionError
 from spikefit.layers import Flatten, GlobalAveragePool, Readout, SpikingConv2d, SpikingLinear
+from spikefit.models.checks import check_input_shape, check_width
 from spikefit.models.network import SpikingNetwork
 
 # Widths of the convolutions; "pool" follows the unit before it. `hidden` are spiking dense units behind them.
@@ -52,7 +52,7 @@ def vgg(
         image sides work too.
 
     Raises:
-        OptionError: unknown width set, the image is too small for the pools, or width is not positive.
+        OptionError: unknown width set, input_shape is not (C, H, W), too small for the pools, or width is not positive.
 
     Source: Simonyan, Zisserman 2015, arXiv:1409.1556; widths of vgg16 as in Kim et al. 2023, arXiv:2305.18360.
     """
@@ -61,9 +61,8 @@ def vgg(
         sets = [name.partition(":")[2] for name in PLANS if name.startswith(f"{plan}:")]
         raise OptionError(f"{plan}: widths must be one of {', '.join(sets) or 'none'}, or left out, got {widths!r}.")
     convolutions, hidden = PLANS[key]
-    if not 0 < width < math.inf:
-        raise OptionError(f"{plan}: width must be a finite number > 0, got {width}.")
-    channels, height, side = input_shape
+    check_width(plan, width)
+    channels, height, side = shape = check_input_shape(plan, input_shape, ("C", "H", "W"))
     pools = convolutions.count("pool")
     if min(height, side) < 2**pools:
         raise OptionError(
@@ -88,7 +87,7 @@ def vgg(
     else:
         blocks.append(GlobalAveragePool())
     blocks.append(Readout(channels, num_classes, tau=head_tau))
-    return _initialised(SpikingNetwork(blocks, input_shape=input_shape))
+    return _initialised(SpikingNetwork(blocks, input_shape=shape))
 
 
 def _initialised(network: SpikingNetwork) -> SpikingNetwork:

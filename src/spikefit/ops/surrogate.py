@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -38,8 +39,8 @@ class Surrogate:
     def __post_init__(self) -> None:
         if self.name not in FORMS:
             raise OptionError(f"surrogate: unknown name {self.name!r}; known: {', '.join(FORMS)}.")
-        if not (math.isfinite(self.parameter) and self.parameter > 0):
-            raise OptionError(f"surrogate {self.name}: the parameter must be finite and > 0, got {self.parameter}.")
+        if not (isinstance(self.parameter, Real) and math.isfinite(self.parameter) and self.parameter > 0):
+            raise OptionError(f"surrogate {self.name}: the parameter must be finite and > 0, got {self.parameter!r}.")
 
     def slope(self, d: Tensor) -> Tensor:
         """ds/du at d = u - v_threshold, elementwise; shape and dtype of `d`."""
@@ -195,19 +196,26 @@ def parse_surrogate(text: "str | Surrogate") -> Surrogate:
     if isinstance(text, Surrogate):
         return text
     if not isinstance(text, str):
-        raise OptionError(f"surrogate: expected a Surrogate or a text such as 'atan(2)', got {text!r}.")
-    match = re.fullmatch(r"\s*(\w+)\s*(?:\(\s*([\d.eE+-]+)?\s*(?:,?\s*closed\s*=\s*(\w+))?\s*\))?\s*", text)
-    if match is None or match[1] not in MAKERS:
-        near = difflib.get_close_matches(text.split("(")[0].strip(), MAKERS, n=3, cutoff=0.4)
+        raise OptionError(f"surrogate: expected text such as 'atan(2)', or a Surrogate, got {text!r}.")
+    name = text.partition("(")[0].strip()
+    if name not in MAKERS:
+        near = difflib.get_close_matches(name, MAKERS, n=3, cutoff=0.4)
         hint = f"; did you mean {' or '.join(near)}?" if near else "."
         raise OptionError(f"surrogate: expected one of {', '.join(MAKERS)}, for example 'atan(2)', got {text!r}{hint}")
-    name, parameter, closed = match[1], match[2], match[3]
+    match = re.fullmatch(r"\s*\w+\s*(?:\(\s*([^\s,()=]+)?\s*(?:,?\s*closed\s*=\s*(\w+))?\s*\))?\s*", text)
+    if match is None:
+        form = "rect(1) or rect(1, closed=True)" if name == "rect" else f"{name}({MAKERS[name]().parameter:g})"
+        raise OptionError(f"surrogate: cannot read {text!r}; write it as {form}.")
+    parameter, closed = match[1], match[2]
     options: dict[str, bool] = {}
     if closed is not None:
         if name != "rect" or closed.lower() not in ("true", "false"):
             raise OptionError(f"surrogate: only rect takes closed = true | false, got {text!r}.")
         options["closed"] = closed.lower() == "true"
     try:
-        return MAKERS[name](*([float(parameter)] if parameter else []), **options)
-    except ValueError as error:
-        raise OptionError(f"surrogate: cannot read the number in {text!r}: {error}") from None
+        numbers = [float(parameter)] if parameter else []
+    except ValueError:
+        raise OptionError(
+            f"surrogate: cannot read the number in {text!r}: expected one > 0, got {parameter!r}."
+        ) from None
+    return MAKERS[name](*numbers, **options)

@@ -49,7 +49,7 @@ def channel_norm(
         (x, moments): x with shape, dtype and memory order of `z`. The moments carry no gradient.
 
     Raises:
-        ShapeError: not [T, B, C, ...], or another number of channels than `weight`.
+        ShapeError: not [T, B, C, ...], another number of channels than `weight`, or not floating point.
         BackendError: the backend asked for cannot run this call.
 
     Source: Ioffe, Szegedy 2015, arXiv:1502.03167.
@@ -69,7 +69,7 @@ def affine(z: Tensor, scale: Tensor, shift: Tensor, *, backend: dispatch.Backend
         backend: "auto", "reference" or "numba" (CPU).
 
     Raises:
-        ShapeError: not [T, B, C, ...], or another number of channels than `scale`.
+        ShapeError: not [T, B, C, ...], another number of channels than `scale`, or not floating point.
         BackendError: the backend asked for cannot run this call.
     """
     _check(z, scale)
@@ -126,7 +126,12 @@ def norm_gradient(
 
 def _check(z: Tensor, weight: Tensor) -> None:
     if z.ndim < 3 or z.shape[2] != weight.shape[-1]:
-        raise ShapeError(f"norm: expected [T, B, C={weight.shape[-1]}, ...], got {tuple(z.shape)}.")
+        raise ShapeError(
+            f"norm: expected [T, B, C={weight.shape[-1]}, ...], got {tuple(z.shape)}. "
+            "Make the norm for the channels of what comes before it."
+        )
+    if not z.is_floating_point():
+        raise ShapeError(f"norm: expected floating point input, got {z.dtype}; call x.float() first.")
 
 
 def _choose(z: Tensor, backend: str) -> str:

@@ -1,0 +1,87 @@
+"""torch.compile takes a whole network as one graph, in training and evaluation, and changes no result."""
+
+import pytest
+import torch
+from torch import nn
+
+from spikefit.layers import GlobalAveragePool, Readout, ResidualBlock, SpikingConv2d, SpikingLinear
+from spikefit.models import SpikingNetwork
+
+
+@pytest.fixture(autouse=True)
+def _no_compiled_code_of_other_tests():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def network(norm="bn", **options):
+    torch.manual_seed(0)
+    blocks = [
+        SpikingConv2d(2, 4, norm=norm, pool="max"),
+        ResidualBlock(4, 6, stride=2, norm=norm),
+        GlobalAveragePool(),
+        SpikingLinear(6, 5, norm=norm),
+        Readout(5, 3, tau=2.0),
+    ]
+    return SpikingNetwork(blocks, input_shape=(2, 8, 8), **options)
+
+
+def sequence():
+    torch.manual_seed(1)
+    return 3 * torch.randn(3, 2, 2, 8, 8)
+
+
+def step(model, run):
+    """Logits, gradients and buffers of one step, by name."""
+    logits = run(sequence())
+    logits.square().sum().backward()
+    gradients = {f"d {name}": p.grad for name, p in model.named_parameters()}
+    return {"logits": logits.detach()} | gradients | dict(model.named_buffers())
+
+
+@pytest.mark.parametrize(
+    ("norm", "training", "backend"),
+    [
+        ("bn", True, "eager"),
+        ("bn", True, "aot_eager"),
+        ("bn", False, "aot_eager"),
+        ("step_bn", True, "aot_eager"),
+        ("ws", True, "eager"),
+    ],
+)
+def test_one_graph(norm, training, backend):
+    plain, model = (network(norm).train(training) for _ in range(2))
+    wanted = step(plain, plain)
+    got = step(model, torch.compile(model, fullgraph=True, backend=backend))
+    assert wanted["logits"].abs().max() > 0
+    assert torch.equal(got["logits"], wanted["logits"])
+    for name, value in wanted.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_statistics_with_equal_shares_are_part_of_the_graph():
+    plain, model = network(), network()
+    for net in (plain, model):
+        for module in net.modules():
+            if hasattr(module, "momentum"):
+                module.momentum = None
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for _ in range(2):
+        plain(sequence()), compiled(sequence())
+    for a, b in zip(model.buffers(), plain.buffers(), strict=True):
+        assert torch.equal(a, b)
+    assert int(plain.blocks[0].norm.num_batches_tracked) == 2
+
+
+def test_steps_and_other_sides():
+    model = network().eval()
+    x = sequence()
+    with torch.no_grad():
+        step = torch.compile(model.step, fullgraph=True, backend="eager")
+        state = model.init_state(2)
+        for x_t in x:
+            logits, state = step(x_t, state)
+        assert torch.equal(logits, model(x)[-1])
+        wide = nn.functional.pad(x, (2, 2))
+        assert torch.equal(torch.compile(model, fullgraph=True, backend="eager")(wide), model(wide))
