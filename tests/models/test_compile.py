@@ -6,6 +6,7 @@ from torch import nn
 
 from spikefit.layers import GlobalAveragePool, Readout, ResidualBlock, SpikingConv2d, SpikingLinear
 from spikefit.models import SpikingNetwork
+from support import saved_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -41,23 +42,44 @@ def step(model, run):
 
 
 @pytest.mark.parametrize(
-    ("norm", "training", "backend"),
+    ("norm", "training", "backend", "strategy"),
     [
-        ("bn", True, "eager"),
-        ("bn", True, "aot_eager"),
-        ("bn", False, "aot_eager"),
-        ("step_bn", True, "aot_eager"),
-        ("ws", True, "eager"),
+        ("bn", True, "eager", "bptt"),
+        ("bn", True, "aot_eager", "bptt"),
+        ("bn", False, "aot_eager", "bptt"),
+        ("step_bn", True, "aot_eager", "bptt"),
+        ("ws", True, "eager", "bptt"),
+        ("bn", True, "aot_eager", "lean:input"),
+        ("bn", True, "aot_eager", "lean:spikes"),
     ],
 )
-def test_one_graph(norm, training, backend):
-    plain, model = (network(norm).train(training) for _ in range(2))
+def test_one_graph(norm, training, backend, strategy):
+    plain, model = (network(norm, strategy=strategy).train(training) for _ in range(2))
     wanted = step(plain, plain)
     got = step(model, torch.compile(model, fullgraph=True, backend=backend))
     assert wanted["logits"].abs().max() > 0
     assert torch.equal(got["logits"], wanted["logits"])
     for name, value in wanted.items():
         torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_the_graph_keeps_bits_alone_under_lean():
+    def held(compiled):
+        torch._dynamo.reset()
+        model = SpikingNetwork(
+            [SpikingConv2d(2, 16), SpikingConv2d(16, 16), GlobalAveragePool(), Readout(16, 3)],
+            input_shape=(2, 8, 8),
+            strategy="lean:spikes",
+        )
+        run = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False) if compiled else model
+        sizes = []
+        for T in (2, 6):
+            x = torch.randn(T, 2, 2, 8, 8)
+            run(x)
+            sizes.append(saved_bytes(lambda x=x: run(x)))
+        return sizes[1] - sizes[0]
+
+    assert held(True) == held(False) > 0
 
 
 def test_statistics_with_equal_shares_are_part_of_the_graph():

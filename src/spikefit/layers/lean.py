@@ -109,7 +109,8 @@ def _paired(plan: _Plan, stats) -> list[Statistics | None]:
 
 
 def _forward(ctx, plan: _Plan, branches: list[Branch], v_0, learned, added, added_bits, tensors):
-    zs, maps, stats = [], [], list[Tensor]()
+    zs, maps = [], []
+    stats: list[Tensor] = []
     for b in branches:
         z = b.forward()
         statistics = None

@@ -123,6 +123,9 @@ class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(ctx, carrier, packed):
         made = packed.steps(0, packed.shape[0])
+        if torch.compiler.is_compiling():
+            # the compiler cannot trace `set_`
+            return made.clone()
         # a tensor of its own, not a view, so that it may be changed in place like any result
         return made.new_empty(0).set_(made.untyped_storage(), 0, made.shape, made.stride())
 
