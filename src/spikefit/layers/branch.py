@@ -178,11 +178,10 @@ class Rebuilt:
         """(d_source, d_weight, d_bias) from dz, which stands in the place of z; the memory of dz is given up."""
         branch, over_time = self.branch, self.branch.over_time
         d_source, d_weight, d_bias = self._room() if wants[0] else None, None, None
-        weight = branch.map.prepared(branch.weight)
         for first, last in self._pieces():
             dz = as_images(self.z if over_time else self.z[first:last], self.batch, self.space)
             x = fold(branch.steps(first, last), over_time)
-            dx, dw, db = branch.map.gradient(x, fold(dz, over_time), weight, wants)
+            dx, dw, db = branch.map.gradient(x, fold(dz, over_time), branch.weight, wants)
             d_weight, d_bias = _added(d_weight, dw), _added(d_bias, db)
             if d_source is not None and dx is not None:
                 d_source[first:last] = unfold(dx, self.batch, over_time)

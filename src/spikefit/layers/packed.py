@@ -122,12 +122,14 @@ def _windows(x: Tensor, axes: int) -> list[Tensor]:
 class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(ctx, carrier, packed):
-        made = packed.steps(0, packed.shape[0])
-        if torch.compiler.is_compiling():
-            # the compiler cannot trace `set_`
-            return made.clone()
-        # a tensor of its own, not a view, so that it may be changed in place like any result
-        return made.new_empty(0).set_(made.untyped_storage(), 0, made.shape, made.stride())
+        # step by step into a tensor of its own: a view of the unpacked bits could not be changed in place
+        first = packed.steps(0, 1)
+        order = sorted(range(1, first.ndim), key=lambda axis: (-first.stride(axis), axis))
+        made = torch.empty_permuted(packed.shape, (0, *order), dtype=first.dtype, device=first.device)
+        made[:1] = first
+        for t in range(1, packed.shape[0]):
+            made[t : t + 1] = packed.steps(t, t + 1)
+        return made
 
     @staticmethod
     @once_differentiable
