@@ -24,6 +24,8 @@ from spikefit.planning.target import LossFunction, mean_cross_entropy, with_targ
 # What live tensors do not show: buffers inside oneDNN, rounding to pages, small blocks of the heap. Chosen so that the
 # measured peak of the networks in tests/planning lies below the prediction.
 MARGIN, CONSTANT = 0.10, 1 << 18
+# Rows of a factor that MKL packs at a time, at most.
+PACKED_ROWS = 512
 # Live bytes from which a prediction is a promise: below, the heap of the process and the stacks of threads count too.
 PROMISED_FROM = 1 << 24
 
@@ -151,7 +153,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now, self.stage = 0, "forward"
+        self.now, self.stage, self.packed = 0, "forward", 0
         self.peaks: dict[str, int] = {}
         self.known: dict[int, weakref.finalize] = {}
 
@@ -161,7 +163,9 @@ class _LiveBytes(TorchDispatchMode):
         for t in tree_leaves(out):
             if isinstance(t, Tensor) and t.untyped_storage()._cdata not in given:
                 self._add(t.untyped_storage())
-        self.peaks[self.stage] = max(self.peaks.get(self.stage, 0), self.now + scratch_bytes(func, args))
+        self.packed = max(self.packed, packing_bytes(func, args))
+        now = self.now + self.packed + scratch_bytes(func, args)
+        self.peaks[self.stage] = max(self.peaks.get(self.stage, 0), now)
         return out
 
     def enter(self, stage: str) -> None:
@@ -193,6 +197,17 @@ def scratch_bytes(func: Any, args: tuple[Any, ...]) -> int:
     return 0
 
 
+def packing_bytes(func: Any, args: tuple[Any, ...]) -> int:
+    """Memory that a matrix product [M, K] x [K, N] takes on CPU to pack its second factor, and keeps for the next.
+
+    MKL packs some hundred of the K rows at a time.
+    """
+    if func._schema.name not in ("aten::mm", "aten::addmm") or args[-1].device.type != "cpu":
+        return 0
+    K, N = args[-1].shape
+    return min(K, PACKED_ROWS) * N * args[-1].element_size()
+
+
 def _bytes(t: Tensor) -> int:
     return t.numel() * t.element_size()
 
@@ -219,11 +234,9 @@ class PredictedBytes:
 
 def reliability(model: nn.Module, x: Tensor, peak: int, *, autocast: bool) -> str:
     """What the predicted `peak` of a step is worth: a promise, or an estimate with the reason why it is no more."""
-    lean = any(getattr(m, "keep", "all") != "all" for m in model.modules())
     reasons = {
         "half precision: float32 copies inside kernels are not counted": autocast or x.element_size() < 4,
         f"below {PROMISED_FROM >> 20} MiB the heap of the process counts too": peak < PROMISED_FROM,
-        "lean: the step may take a quarter less": lean,
         "made for the CPU": x.device.type != "cpu",
     }
     found = [reason for reason, holds in reasons.items() if holds]
@@ -246,8 +259,8 @@ def predicted_bytes(
 
     Returns:
         PredictedBytes; the peak counts activations, gradients and working memory, but not weights, buffers and input,
-        which exist before the step. For bptt and checkpoint without autocast, on the CPU and from 16 MiB on, measured
-        <= peak <= 1.15 measured; `reliability` says for a step whether it is such a one.
+        which exist before the step. Without autocast, on the CPU and from 16 MiB on, measured <= peak
+        <= 1.15 measured; `reliability` says for a step whether it is such a one.
 
     Raises:
         SpikefitError: the model's forward depends on values of tensors, which fake tensors do not have.
