@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spikefit import create_model
+from spikefit import create_model, plan
 from spikefit.layers import ResidualBlock
 
 CLASSES = 10
@@ -208,7 +208,7 @@ def peer_net(library: str, model: str, timesteps: int) -> tuple[nn.Module, Forwa
     return NETS[model](pieces, timesteps), pieces.forward
 
 
-def our_net(model: str, strategy: str = "bptt") -> tuple[nn.Module, Forward]:
+def our_net(model: str, strategy: str = "bptt", *, chunk: int | None = None) -> tuple[nn.Module, Forward]:
     """(module, forward) of this package, with the first weights of the benchmarks."""
     neuron = {
         "name": "lif",
@@ -219,7 +219,9 @@ def our_net(model: str, strategy: str = "bptt") -> tuple[nn.Module, Forward]:
         "detach_reset": True,
         "surrogate": "atan(2)",
     }
-    net = create_model(model, num_classes=CLASSES, norm="bn", neuron=neuron, strategy=strategy, **OPTIONS[model])
+    net = create_model(
+        model, num_classes=CLASSES, norm="bn", neuron=neuron, strategy=strategy, chunk=chunk, **OPTIONS[model]
+    )
     norms = {m: NORM for m in net.modules() if hasattr(m, "running_mean")}
     norms |= {m.second.norm: NORM_AT_SHORTCUT for m in net.modules() if isinstance(m, ResidualBlock)}
     with torch.no_grad():
@@ -278,15 +280,20 @@ class Contestant:
 def contestant(case: Case, name: str) -> Contestant:
     """The net of a case by name: "ours STRATEGY", or a peer and its forms; all have the weights and images of ours.
 
-    Forms: "channels_last", "compiled", "level-N" (SpikingJelly's memory optimiser on units and residual blocks).
+    The strategy "planned" is what `spikefit.plan` chooses without a budget. Forms of ours: "chunk-N" (batch rows per
+    call of a weight); of peers: "channels_last", "compiled", "level-N" (SpikingJelly's memory optimiser on units and
+    residual blocks).
     """
     torch.manual_seed(0)
     image, labels = torch.randn(case.batch, 3, 32, 32), torch.randint(CLASSES, (case.batch,))
     x = image.expand(case.timesteps, *image.shape)
     library, *forms = name.split()
-    ours = our_net(
-        case.model, forms[0] if library == "ours" else "bptt"
-    )  # before the peer's, for the same random numbers
+    # ours is made before the peer's, for the same random numbers
+    strategy, *rest = forms if library == "ours" else ["bptt"]
+    chunk = int(rest[0].removeprefix("chunk-")) if rest else None
+    ours = our_net(case.model, "bptt" if strategy == "planned" else strategy, chunk=chunk)
+    if strategy == "planned":
+        plan(ours[0], (x, labels), None).apply(ours[0])
     if library == "ours":
         return Contestant(*ours, x, labels)
     net, forward = peer_net(library, case.model, case.timesteps)

@@ -171,7 +171,9 @@ class Rebuilt:
         T = self.branch.computed_steps()
         if self.branch.over_time:
             return [(0, T)]
-        step = max(1, PIECE // max(self.z[0].numel(), self.branch.source.shape[1:].numel()))
+        values = max(self.z[0].numel(), self.branch.source.shape[1:].numel())
+        most = PIECE if self.branch.chunk is None else min(PIECE, self.branch.chunk * values // self.batch)
+        step = max(1, most // values)
         return [(t, min(T, t + step)) for t in range(0, T, step)]
 
     def gradients(self, wants: tuple[bool, bool, bool]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
