@@ -142,6 +142,55 @@ def test_a_prediction_needs_no_memory(run):
     assert run("report", "mlp", *words, "strategy=lean")[0] == 0
 
 
+def test_plan_saves_what_a_strategy_uses(run, tmp_path):
+    words = ("timesteps=8", "batch=4", "image=3x16x16", "width=0.25")
+    free = json.loads(run("plan", "vgg6", *words, "budget=least", "--json")[1])
+    budget = f"budget={int(1.2 * (free['static_bytes'] + free['predicted_peak_bytes']))}"
+    status, out, err = run("plan", "vgg6", *words, budget, "--save", str(tmp_path / "plan.json"), "--json")
+    assert status == 0, err
+    made = json.loads(out)
+    assert {"budget_bytes", "predicted_peak_bytes", "predicted_slowdown", "units"} <= set(made)
+    assert made["static_bytes"] + made["predicted_peak_bytes"] <= made["budget_bytes"]
+    assert [u["name"] for u in made["units"]] == [f"blocks.{i}" for i in range(6)]
+    assert "blocks.5" in run("plan", "vgg6", *words, budget)[1]
+    strategy = f"strategy=lean:{tmp_path / 'plan.json'}"
+    seen = json.loads(run("profile", "vgg6", *words, strategy, "--predict-only", "--json")[1])
+    assert seen["predicted_peak_bytes"] == made["predicted_peak_bytes"]
+    status, _, err = run("profile", "vgg9", *words, strategy, "--predict-only")
+    assert status == 2
+    assert "made for another model" in err
+    assert "Traceback" not in err
+
+
+def test_plan_for_a_device_that_is_not_here(run):
+    words = ("plan", "vgg6", "timesteps=8", "batch=16", "image=3x32x32", "accelerator=cuda")
+    status, out, err = run(*words, "budget=200MB", "--json")
+    assert status == 0, err
+    assert any("CUDA" in note for note in json.loads(out)["notes"])
+    status, _, err = run(*words, "budget=4 gigs")
+    assert (status, "cannot read '4 gigs'" in err) == (2, True)
+    status, _, err = run(*words, "budget=10MB")
+    assert (status, "the smallest is" in err) == (2, True)
+
+
+def test_verify_report_and_doctor(run):
+    words = ("vgg6", "timesteps=4", "batch=2", "image=3x16x16", "width=0.25")
+    status, out, err = run("verify", *words, "strategy=lean:spikes", "--json")
+    assert status == 0, err
+    verdict = json.loads(out)
+    assert verdict["spikes_equal"] is verdict["buffers_equal"] is True
+    assert verdict["max_gradient_error"] < 1e-5
+    assert verdict["worst"]
+    assert "equal" in run("verify", *words, "strategy=lean")[1]
+    status, out, err = run("report", *words, "strategy=lean:spikes", "--json")
+    assert status == 0, err
+    assert json.loads(out)["ratio"] > 1.5
+    assert "blocks.1" in run("report", *words, "budget=least")[1]
+    status, out, err = run("doctor", *words, "--json")
+    assert status == 0, err
+    assert json.loads(out)["findings"] == []
+
+
 def test_compare_and_study(run, recipe, tmp_path):
     status, out, _ = run("compare", str(recipe), "strategies=bptt,checkpoint:1", "--out", "both")
     assert status == 0

@@ -109,7 +109,7 @@ def test_names():
         (lambda: LIF(v_reset=math.nan), "v_reset must be a finite number or None, got nan"),
         (lambda: IF(v_rest=math.inf), "v_rest must be a finite number or None"),
         (lambda: LIF(surrogate="atn(2)"), "did you mean atan"),
-        (lambda: LIF(surrogate=None), "expected a Surrogate or a text such as 'atan\\(2\\)', got None"),
+        (lambda: LIF(surrogate=None), "expected text such as 'atan\\(2\\)', or a Surrogate, got None"),
         (lambda: LIF(backend="cuda"), "expected one of auto, reference, numba, triton"),
         (lambda: LeakyReadout(tau=0.1), "at least 1 step"),
     ],

@@ -177,7 +177,7 @@ X, V = torch.zeros(4, 2, 3), torch.zeros(2, 3)
         ),
         (lambda: lif(X, v_reset="soft"), OptionError, r"None, got 'soft'\. For a soft reset, write v_reset=None"),
         (lambda: lif(X, surrogate="atn(2)"), OptionError, "did you mean atan"),
-        (lambda: lif(X, surrogate=2), OptionError, "expected a Surrogate or a text .* got 2"),
+        (lambda: lif(X, surrogate=2), OptionError, "expected text such as .* got 2"),
         (lambda: lif_backward(X[:2], None, X), ShapeError, r"g must have the shape of x, \(4, 2, 3\), got \(2, 2, 3\)"),
         (
             lambda: lif_backward(X, None, X, None, X[:1]),

@@ -103,6 +103,14 @@ def test_checkpoint_holds_the_inputs_of_its_runs_and_nothing_else():
     assert 0 < checkpointed < plain / 10
 
 
+@pytest.mark.parametrize("strategy", ["bptt", "checkpoint", "lean:spikes"])
+def test_what_is_alive_at_the_peak_adds_up(strategy):
+    model = use_strategy(create_model("vgg6", width=0.25), strategy)
+    predicted = predicted_bytes(model, *random_sample((3, 32, 32), 4, 2, repeated=True))
+    assert sum(predicted.alive.values()) == max(predicted.stages.values())
+    assert all(": " in label or label == "working memory inside operations" for label in predicted.alive)
+
+
 def test_prediction_leaves_the_model_alone():
     model = create_model("resnet19", width=0.0625, input_shape=(3, 16, 16))
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -124,7 +132,7 @@ PROMISE = {
 }
 
 
-@pytest.mark.parametrize("strategy", ["bptt", "checkpoint"])
+@pytest.mark.parametrize("strategy", ["bptt", "checkpoint", "lean:input", "lean:spikes"])
 @pytest.mark.parametrize("name", PROMISE)
 def test_measured_peak_lies_below_the_prediction_and_close_to_it(name, strategy):
     options, T, B, shape = PROMISE[name]
@@ -141,8 +149,7 @@ def test_a_prediction_says_whether_it_is_a_promise():
     assert profile("vgg6", **large).settings["prediction"] == "measured <= predicted <= 1.15 measured"
     for settings, reason in (
         ({**large, "dtype": "bfloat16"}, "half precision"),
-        ({**large, "strategy": "lean"}, "lean"),
-        ({**words, "image": "3x8x8", "width": 0.25}, "below 16 MiB"),
+        ({**words, "image": "3x8x8", "width": 0.25, "strategy": "lean"}, "below 16 MiB"),
     ):
         assert profile("vgg6", **settings).settings["prediction"].startswith(f"estimate ({reason}")
 

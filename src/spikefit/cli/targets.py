@@ -68,12 +68,24 @@ def plan_target(target: str, changes: dict[str, str]) -> Plan:
     settings = dict(changes)
     if "budget" not in settings:
         raise OptionError("plan: give the memory there is, budget=4GB (or budget=least).")
-    budget = settings.pop("budget")
+    limit = _limit(settings.pop("budget"))
     optimizer = settings.get("optimizer")
     step = read_step(target, settings, shapes_only=True)
-    limit = None if budget == "least" else budget
     with use_backend(step.backend):
-        return plan(step.model, step.sample, limit, optimizer=optimizer, loss=step.loss, autocast=step.autocast)
+        return plan(
+            step.model,
+            step.sample,
+            limit,
+            optimizer=optimizer,
+            loss=step.loss,
+            autocast=step.autocast,
+            device=step.device,
+        )
+
+
+def _limit(budget: str) -> str | None:
+    """A budget as it is written; None for the least memory there is."""
+    return None if budget == "least" else budget
 
 
 def verify_target(target: str, changes: dict[str, str]) -> Verdict:
@@ -89,7 +101,7 @@ def report_target(target: str, changes: dict[str, str]) -> MemoryReport:
     step = read_step(target, settings, shapes_only=True)
     options: dict[str, Any] = {"optimizer": optimizer, "loss": step.loss, "autocast": step.autocast}
     with use_backend(step.backend):
-        made = None if budget is None else plan(step.model, step.sample, budget, **options)
+        made = None if budget is None else plan(step.model, step.sample, _limit(budget), **options)
         return report(step.model, step.sample, made, **options)
 
 

@@ -165,6 +165,7 @@ class Rebuilt:
             rows = branch.map(fold(branch.steps(first, last), branch.over_time), weight, branch.bias)
             made = as_rows(unfold(rows, self.batch, branch.over_time))
             (self.z if branch.over_time else self.z[first:last]).copy_(made)
+            del rows, made  # before the next piece is made
 
     def _pieces(self) -> list[tuple[int, int]]:
         """Steps of the input per call of the weight."""
@@ -187,6 +188,7 @@ class Rebuilt:
             d_weight, d_bias = _added(d_weight, dw), _added(d_bias, db)
             if d_source is not None and dx is not None:
                 d_source[first:last] = unfold(dx, self.batch, over_time)
+            del x, dz, dx, dw, db  # before the next piece is made
         self.buffer = None
         del self.z
         if d_source is not None and branch.repeats > 1:

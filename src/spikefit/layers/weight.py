@@ -229,6 +229,7 @@ def stepwise(
                     return piece.unflatten(0, (timesteps, -1))
                 z = _empty(piece, timesteps, x.shape[0])
             z[t, b : b + rows] = piece
+            del piece  # before the next one is made
     assert z is not None, "a sequence has at least one step"
     return z
 

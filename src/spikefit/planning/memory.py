@@ -4,6 +4,7 @@ The step runs on fake tensors (shapes without memory), so a network that does no
 """
 
 import contextlib
+import math
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from spikefit.errors import SpikefitError
 from spikefit.layers import BatchNorm, Readout, SpikingUnit
 from spikefit.layers.packed import PackedSpikes
 from spikefit.neurons import LeakyReadout, SpikingNeuron
+from spikefit.ops.fire.reference import SCRATCH
 from spikefit.planning.target import LossFunction, mean_cross_entropy, with_targets
 
 # What live tensors do not show: buffers inside oneDNN, rounding to pages, small blocks of the heap. Chosen so that the
@@ -26,6 +28,10 @@ from spikefit.planning.target import LossFunction, mean_cross_entropy, with_targ
 MARGIN, CONSTANT = 0.10, 1 << 18
 # Rows of a factor that MKL packs at a time, at most.
 PACKED_ROWS = 512
+# The CUDA allocator rounds up to blocks of so many bytes.
+CUDA_BLOCK = 512
+# Dense values that firing in pieces makes for every value of a piece: current, spikes, gradients, places of a max pool.
+PIECES = 12
 # Live bytes from which a prediction is a promise: below, the heap of the process and the stacks of threads count too.
 PROMISED_FROM = 1 << 24
 
@@ -148,39 +154,72 @@ def watch_saved(model: nn.Module) -> Iterator[SavedBytes]:
         watch.keep.clear()
 
 
+@dataclass
+class _Life:
+    """One storage: its bytes, what made it, and the operations between which it lives."""
+
+    size: int
+    label: str
+    birth: int
+    death: float = math.inf
+
+
 class _LiveBytes(TorchDispatchMode):
     """Bytes of all storages made inside the block that are alive, and their peak in every stage of the step."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         super().__init__()
-        self.now, self.stage, self.packed = 0, "forward", 0
+        self.device, self.now, self.stage, self.packed = device, 0, "forward", 0
         self.peaks: dict[str, int] = {}
         self.known: dict[int, weakref.finalize] = {}
+        self.lives: list[_Life] = []
+        # operations so far, the highest level, the operation of that level and its working memory
+        self.clock, self.top, self.top_at, self.top_scratch = 0, 0, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        self.clock += 1
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for t in tree_leaves(out):
             if isinstance(t, Tensor) and t.untyped_storage()._cdata not in given:
-                self._add(t.untyped_storage())
-        self.packed = max(self.packed, packing_bytes(func, args))
-        now = self.now + self.packed + scratch_bytes(func, args)
-        self.peaks[self.stage] = max(self.peaks.get(self.stage, 0), now)
+                self._add(t.untyped_storage(), func._schema.name)
+        scratch = self._scratch(func, args)
+        self.peaks[self.stage] = max(self.peaks.get(self.stage, 0), self.now + scratch)
+        if self.now + scratch > self.top:
+            self.top, self.top_at, self.top_scratch = self.now + scratch, self.clock, scratch
         return out
 
     def enter(self, stage: str) -> None:
         """What follows belongs to `stage`."""
         self.stage = stage
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
+    def alive_at_peak(self) -> dict[str, int]:
+        """What is alive when most is, by the stage and the operation that made it, largest first."""
+        found: dict[str, int] = defaultdict(int)
+        for life in self.lives:
+            if life.birth <= self.top_at <= life.death:
+                found[life.label] += life.size
+        if self.top_scratch:
+            found["working memory inside operations"] += self.top_scratch
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    def _scratch(self, func: Any, args: tuple[Any, ...]) -> int:
+        if self.device != "cpu":
+            return device_scratch_bytes(func, args)
+        self.packed = max(self.packed, packing_bytes(func, args))
+        return self.packed + scratch_bytes(func, args)
+
+    def _add(self, storage: torch.UntypedStorage, operation: str) -> None:
         key = storage._cdata
         if key not in self.known:
-            size = storage.nbytes()
+            size = storage.nbytes() if self.device == "cpu" else -(-storage.nbytes() // CUDA_BLOCK) * CUDA_BLOCK
             self.now += size
-            self.known[key] = weakref.finalize(storage, self._drop, key, size)
+            self.lives.append(_Life(size, f"{self.stage}: {operation}", self.clock))
+            self.known[key] = weakref.finalize(storage, self._drop, key, self.lives[-1])
 
-    def _drop(self, key: int, size: int) -> None:
-        self.now -= size
+    def _drop(self, key: int, life: _Life) -> None:
+        self.now -= life.size
+        life.death = self.clock
         self.known.pop(key, None)
 
 
@@ -197,12 +236,23 @@ def scratch_bytes(func: Any, args: tuple[Any, ...]) -> int:
     return 0
 
 
+def device_scratch_bytes(func: Any, args: tuple[Any, ...]) -> int:
+    """The same on CUDA: firing is composed of pieces there, and its norms sum in float64, step by step."""
+    name = func._schema.name
+    if name.startswith("spikefit::fire"):
+        z = args[0][0] if name == "spikefit::fire" else args[2][0]
+        return min(PIECES * z.numel(), PIECES * SCRATCH) * 4
+    if name in ("spikefit::moments", "spikefit::channel_norm", "spikefit::channel_norm_backward"):
+        return 3 * args[0].numel() // len(args[0]) * 8
+    return 0
+
+
 def packing_bytes(func: Any, args: tuple[Any, ...]) -> int:
     """Memory that a matrix product [M, K] x [K, N] takes on CPU to pack its second factor, and keeps for the next.
 
     MKL packs some hundred of the K rows at a time.
     """
-    if func._schema.name not in ("aten::mm", "aten::addmm") or args[-1].device.type != "cpu":
+    if func._schema.name not in ("aten::mm", "aten::addmm"):
         return 0
     K, N = args[-1].shape
     return min(K, PACKED_ROWS) * N * args[-1].element_size()
@@ -220,11 +270,13 @@ class PredictedBytes:
         peak: above the level before the step.
         saved: what is held between forward and backward.
         stages: "forward UNIT", "loss" and "backward UNIT" -> peak of the live tensors in it, without margin.
+        alive: what is alive at the peak, "STAGE: OPERATION" that made it -> bytes, largest first.
     """
 
     peak: int
     saved: SavedBytes
     stages: dict[str, int] = field(default_factory=dict)
+    alive: dict[str, int] = field(default_factory=dict)
 
     @staticmethod
     def with_margin(live: int) -> int:
@@ -232,19 +284,25 @@ class PredictedBytes:
         return int((1 + MARGIN) * live) + CONSTANT
 
 
-def reliability(model: nn.Module, x: Tensor, peak: int, *, autocast: bool) -> str:
+def reliability(x: Tensor, peak: int, *, autocast: bool, device: str | None = None) -> str:
     """What the predicted `peak` of a step is worth: a promise, or an estimate with the reason why it is no more."""
     reasons = {
         "half precision: float32 copies inside kernels are not counted": autocast or x.element_size() < 4,
         f"below {PROMISED_FROM >> 20} MiB the heap of the process counts too": peak < PROMISED_FROM,
-        "made for the CPU": x.device.type != "cpu",
+        "on CUDA, workspaces of cuDNN are not known": (device or x.device.type) != "cpu",
     }
     found = [reason for reason, holds in reasons.items() if holds]
     return f"estimate ({'; '.join(found)})" if found else "measured <= predicted <= 1.15 measured"
 
 
 def predicted_bytes(
-    model: nn.Module, x: Tensor, y: Tensor, *, loss: LossFunction = mean_cross_entropy, autocast: bool = False
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    loss: LossFunction = mean_cross_entropy,
+    autocast: bool = False,
+    device: str | None = None,
 ) -> PredictedBytes:
     """Peak and saved bytes of one training step of `model` on `x` and `y`, without allocating them.
 
@@ -256,6 +314,7 @@ def predicted_bytes(
         y: targets.
         loss: (logits, targets) -> scalar.
         autocast: run under bfloat16 autocast.
+        device: "cpu" or "cuda", where the step will run, which need not be here; that of `x` if None.
 
     Returns:
         PredictedBytes; the peak counts activations, gradients and working memory, but not weights, buffers and input,
@@ -272,7 +331,7 @@ def predicted_bytes(
     try:
         fake = {key: _fake(mode, t) for key, t in state.items()}
         fake_x, fake_y = _fake(mode, x), _fake(mode, y)
-        with _swapped(model, fake), mode, _LiveBytes() as live:
+        with _swapped(model, fake), mode, _LiveBytes(device or x.device.type) as live:
             with (
                 watch_saved(model) as saved,
                 _staged(model, live),
@@ -291,7 +350,7 @@ def predicted_bytes(
             f"predict: {type(model).__name__} cannot run on fake tensors, which have shapes but no values "
             f"({str(error).splitlines()[0]}); remove .item() and the like, or measure a real step."
         ) from error
-    return PredictedBytes(PredictedBytes.with_margin(max(live.peaks.values())), saved, live.peaks)
+    return PredictedBytes(PredictedBytes.with_margin(live.top), saved, live.peaks, live.alive_at_peak())
 
 
 @contextlib.contextmanager

@@ -57,6 +57,7 @@ def plan(
     optimizer: str | torch.optim.Optimizer | None = None,
     loss: LossFunction = mean_cross_entropy,
     autocast: bool = False,
+    device: str | None = None,
 ) -> Plan:
     """Choose what every unit of `model` keeps for backward, without allocating anything.
 
@@ -68,6 +69,7 @@ def plan(
         optimizer: "sgd" (one slot per weight), "adam", "adamw" (two), an optimiser that has run, or None for none.
         loss: (logits, targets) -> scalar.
         autocast: plan for bfloat16 autocast.
+        device: "cpu" or "cuda", where the step will run, which need not be here; that of the sample if None.
 
     Returns:
         Plan.
@@ -78,14 +80,19 @@ def plan(
         BudgetError: nothing fits; the message says the smallest budget that does, and which batch or T would fit.
     """
     x, y = sample if isinstance(sample, tuple) else (sample, torch.zeros(sample.shape[1], dtype=torch.int64))
-    limit = None if budget is None else parse_budget(budget, x.device)
+    where = x.device if device is None else torch.device(device)
+    limit = None if budget is None else parse_budget(budget, where)
     if not planned_units(model):
         raise PlanError(
             f"plan: {type(model).__name__} has no spiking unit of this library, so there is nothing to choose; build "
             "it from SpikingConv2d and its like, or wrap the forward in spikefit.pack_saved_tensors()."
         )
     static, notes = static_bytes(model, x, optimizer)
-    tracer = _Tracer(model, x, y, loss, autocast)
+    if where.type == "cuda":
+        notes.append(
+            "on CUDA the prediction is an estimate: workspaces of cuDNN are not known before they are asked for."
+        )
+    tracer = _Tracer(model, x, y, loss, autocast, where.type)
     units, around = tracer.units()
     if limit is None:
         # what the unit at the peak leaves room for costs no memory
@@ -125,6 +132,8 @@ def parse_budget(text: int | float | str, device: torch.device | None = None) ->
 
 def _device_memory(device: torch.device | None) -> int:
     if device is not None and device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise OptionError("budget: a fraction of a GPU that is not here is no number; give bytes, like 24GB.")
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -149,8 +158,9 @@ def static_bytes(model: nn.Module, x: Tensor, optimizer: str | torch.optim.Optim
 class _Tracer:
     """Traces steps of one model on fake tensors under different choices; the model is left as it was."""
 
-    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, loss: LossFunction, autocast: bool) -> None:
-        self.model, self.x, self.y, self.loss, self.autocast = model, x, y, loss, autocast
+    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, loss: LossFunction, autocast: bool, device: str) -> None:
+        self.model, self.x, self.y, self.loss = model, x, y, loss
+        self.autocast, self.device = autocast, device
         self.names = [name for name, _ in planned_units(model)]
         self.weights = {name: tuple(unit.synapse.weight.shape) for name, unit in planned_units(model)}
 
@@ -163,7 +173,7 @@ class _Tracer:
             _choices(self.names, chosen, self.weights).apply(self.model)
             self.model.train()
             x, y = self.x if x is None else x, self.y if y is None else y
-            return predicted_bytes(self.model, x, y, loss=self.loss, autocast=self.autocast)
+            return predicted_bytes(self.model, x, y, loss=self.loss, autocast=self.autocast, device=self.device)
         finally:
             self.model.train(training)
             for module, keep in before.items():

@@ -150,7 +150,7 @@ def _profile(step: Step, target: Target | None, predict_only: bool, repeats: int
     was_training = module.training
     module.train()
     try:
-        predicted = predicted_bytes(module, x, y, loss=loss, autocast=autocast)
+        predicted = predicted_bytes(module, x, y, loss=loss, autocast=autocast, device=step.device)
         counted = _shapes(module, x, autocast)
         rates: dict[str, float] = {}
         seconds = peak = None
@@ -175,7 +175,7 @@ def _profile(step: Step, target: Target | None, predict_only: bool, repeats: int
         categories=_categories(module, x, predicted.saved),
         settings={
             **_settings(module, x, autocast),
-            "prediction": reliability(module, x, predicted.peak, autocast=autocast),
+            "prediction": reliability(x, predicted.peak, autocast=autocast, device=step.device),
         },
     )
 

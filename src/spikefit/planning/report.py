@@ -16,6 +16,8 @@ from spikefit.planning.target import LossFunction, mean_cross_entropy, with_targ
 from spikefit.planning.verify import plain_bptt
 
 LONGEST = 16
+# Rows of what is alive at the peak.
+SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,15 @@ class Side:
         peak_bytes: predicted peak of the step above weights, buffers, optimiser and input.
         categories: "weights", "gradients", "optimiser", "buffers and input", "kept spikes", "kept floats", "transient".
         units: unit -> category -> bytes held between forward and backward.
+        stage: "forward UNIT", "loss" or "backward UNIT", in which the peak is.
+        alive: what is alive at the peak, "STAGE: OPERATION" that made it -> bytes, largest first; without margin.
     """
 
     peak_bytes: int
     categories: dict[str, int]
     units: dict[str, dict[str, int]]
+    stage: str
+    alive: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,10 @@ class MemoryReport:
         rows += [[n, *(show_bytes(sum(s.units.get(n, {}).values())) for s in sides)] for n in names]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = [f"{a.ljust(widths[0])}  {b.rjust(widths[1])}  {c.rjust(widths[2])}".rstrip() for a, b, c in rows]
+        lines += ["", f"alive at the peak after, in {self.after.stage}:"]
+        largest = list(self.after.alive.items())
+        lines += [f"  {show_bytes(size).rjust(9)}  {label}" for label, size in largest[:SHOWN]]
+        lines += [f"  {show_bytes(sum(size for _, size in largest[SHOWN:])).rjust(9)}  all others", ""]
         slower = f", step {self.slowdown:.2f} times as long" if self.slowdown else ""
         lines.append(f"peak {self.ratio:.1f} times smaller{slower}")
         if self.largest_batch is not None:
@@ -175,4 +185,6 @@ def _side(model: nn.Module, x: Tensor, predicted: PredictedBytes, optimizer) -> 
             "transient": max(0, predicted.peak - gradients - spikes - floats),
         },
         predicted.saved.layers,
+        max(predicted.stages, key=lambda stage: predicted.stages[stage]),
+        predicted.alive,
     )

@@ -118,7 +118,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Step:
-    """One training step: a model with a batch of the right shape, and how it runs."""
+    """One training step: a model with a batch of the right shape, and how and where it runs."""
 
     model: nn.Module
     x: Tensor
@@ -126,6 +126,7 @@ class Step:
     loss: LossFunction
     backend: str = "auto"
     autocast: bool = False
+    device: str | None = None  # where the step is to run, if not where its tensors are
 
     @property
     def sample(self) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,8 @@ STEP_PRECISIONS = {
     "64-true": (torch.float64, False),
     "bf16-mixed": (torch.float32, True),
 }
+# Accelerator -> the device whose memory is predicted; a step runs on the CPU only.
+STEP_DEVICES = {"auto": "cpu", "cpu": "cpu", "gpu": "cuda", "cuda": "cuda"}
 
 
 class Data(NamedTuple):
@@ -186,10 +188,11 @@ def build_step(source: str | Path | Mapping[str, Any] | Recipe, *, shapes_only: 
             f"step of {who}: expected train.precision as one of {', '.join(STEP_PRECISIONS)}, got "
             f"{section.precision!r}; bytes and gradients are known for these only."
         )
-    if section.accelerator not in ("auto", "cpu"):
+    device = STEP_DEVICES.get(section.accelerator)
+    if device is None or (device != "cpu" and not shapes_only):
         raise OptionError(
-            f"step of {who}: it is traced and run on the CPU, got train.accelerator={section.accelerator!r}; add "
-            "accelerator=cpu. In Python, profile(model.cuda(), x.cuda()) runs on a GPU."
+            f"step of {who}: it is run on the CPU, got train.accelerator={section.accelerator!r}; add accelerator=cpu, "
+            "or only predict it. In Python, profile(model.cuda(), x.cuda()) runs on a GPU."
         )
     dtype, autocast = STEP_PRECISIONS[section.precision]
     # files are read before tensors lose their memory
@@ -207,7 +210,7 @@ def build_step(source: str | Path | Mapping[str, Any] | Recipe, *, shapes_only: 
             )
         repeated = len(shape) == 3 and recipe.encoding.name == "repeat"
         x, y = random_sample(tuple(shape), timesteps, recipe.data.batch_size, repeated=repeated, dtype=dtype)
-    return Step(model, x, y, build_loss(recipe), recipe.backend, autocast)
+    return Step(model, x, y, build_loss(recipe), recipe.backend, autocast, device)
 
 
 def written_out(recipe: Recipe, dataset: Dataset) -> Recipe:

@@ -11,25 +11,43 @@ from torch import Tensor
 
 def sums(z_TMCS: Tensor) -> tuple[Tensor, Tensor]:
     """Per step and channel: (sum of z, sum of z^2), [T, C] float64."""
-    steps = [z.double() for z in z_TMCS.unbind(0)]
-    return torch.stack([z.sum((0, 2)) for z in steps]), torch.stack([(z * z).sum((0, 2)) for z in steps])
+    rows = [_sums_of(z, z) for z in z_TMCS.unbind(0)]
+    return torch.stack([first for first, _ in rows]), torch.stack([second for _, second in rows])
 
 
 def affine(z_TMCS: Tensor, scale_RC: Tensor, shift_RC: Tensor, out_TMCS: Tensor) -> None:
     """out = z * scale + shift; `scale_RC` has T rows or one."""
-    out_TMCS.copy_(z_TMCS.to(scale_RC.dtype) * _wide(scale_RC) + _wide(shift_RC))
+    if z_TMCS.dtype == scale_RC.dtype:
+        torch.mul(z_TMCS, _wide(scale_RC), out=out_TMCS).add_(_wide(shift_RC))
+        return
+    scale, shift = _per_step(scale_RC, len(z_TMCS)), _per_step(shift_RC, len(z_TMCS))
+    for t, z in enumerate(z_TMCS.unbind(0)):
+        out_TMCS[t] = z.to(scale_RC.dtype) * scale[t] + shift[t]
 
 
 def gradient_sums(g_TMCS: Tensor, z_TMCS: Tensor) -> tuple[Tensor, Tensor]:
     """Per step and channel: (sum of g, sum of g z), [T, C] float64."""
-    steps = [(g.double(), z.double()) for g, z in zip(g_TMCS.unbind(0), z_TMCS.unbind(0), strict=True)]
-    return torch.stack([g.sum((0, 2)) for g, _ in steps]), torch.stack([(g * z).sum((0, 2)) for g, z in steps])
+    rows = [_sums_of(g, z) for g, z in zip(g_TMCS.unbind(0), z_TMCS.unbind(0), strict=True)]
+    return torch.stack([first for first, _ in rows]), torch.stack([second for _, second in rows])
 
 
 def combine(g_TMCS: Tensor, z_TMCS: Tensor, a_RC: Tensor, b_RC: Tensor, c_RC: Tensor, out_TMCS: Tensor) -> None:
     """out = a g + b z + c."""
-    g, z = g_TMCS.to(a_RC.dtype), z_TMCS.to(a_RC.dtype)
-    out_TMCS.copy_(_wide(a_RC) * g + _wide(b_RC) * z + _wide(c_RC))
+    T = len(g_TMCS)
+    a, b, c = (_per_step(v, T) for v in (a_RC, b_RC, c_RC))
+    for t in range(T):
+        out_TMCS[t] = a[t] * g_TMCS[t].to(a_RC.dtype) + b[t] * z_TMCS[t].to(a_RC.dtype) + c[t]
+
+
+def _sums_of(g_MCS: Tensor, z_MCS: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum of g, sum of g z) per channel; float64 copies of one step, never of the sequence."""
+    g = g_MCS.double()
+    return g.sum((0, 2)), (g * z_MCS.double()).sum((0, 2))
+
+
+def _per_step(v_RC: Tensor, steps: int) -> Tensor:
+    """[T, 1, C, 1]; one row stands for all steps."""
+    return _wide(v_RC).expand(steps, -1, -1, -1)
 
 
 def _wide(v_RC: Tensor) -> Tensor:
