@@ -58,9 +58,7 @@ PEERS = (
 # Steps up to which a peer's net is compiled, which unrolls its loop over time.
 LONGEST_COMPILED = 16
 TOLERANCE = {"float64": 1e-5, "float32": 1e-2}  # of first losses
-GRADIENT_  # Steps up to which a peer's net is compiled, which unrolls its loop over time.
-LONGEST_COMPILED = 16
-TOLERANCE = {"float64": 1e-6, "float32": 1e-3}  # of all gradients as one vector
+GRADIENT_TOLERANCE = {"float64": 1e-6, "float32": 1e-3}  # of all gradients as one vector
 DEPTHS = (4, 8, 12)
 
 CASES = {"A": Case("vgg6", 32, 8), "B": Case("vgg6", 8, 16), "C": Case("resnet19", 4, 8)}

@@ -89,9 +89,7 @@ def plan(
         )
     static, notes = static_bytes(model, x, optimizer)
     if where.type == "cuda":
-        notes.append(
-            "on CUDA the prediction is an estimate: workspaces of cuDNN are not known before they are asked for."
-        )
+        notes.append("on CUDA the prediction is an estimate: workspaces of cuDNN are not known before they are taken.")
     tracer = _Tracer(model, x, y, loss, autocast, where.type)
     units, around = tracer.units()
     if limit is None:
