@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 # passive: threads that wait sleep, so a busy machine does not slow the demo down twentyfold
 demo: $(STAMP)
-	OMP_WAIT_POLICY=passive $(BIN)/spikefit compare recipes/demo.toml strategies=bptt,checkpoint --out runs/demo
+	OMP_WAIT_POLICY=passive $(BIN)/spikefit compare recipes/demo.toml strategies=bptt,lean:input,lean:spikes,checkpoint --out runs/demo
 
 # several test processes share the cores, so a thread that waits must not spin
 test: $(STAMP)

@@ -118,3 +118,7 @@ def test_by_name():
 def test_refuses(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_none_is_another_word_for_sequence():
+    assert create_encoding("none") == create_encoding("sequence")

@@ -66,6 +66,10 @@ def test_bad_input():
         pack(torch.zeros(4), 3)
     with pytest.raises(ShapeError, match="at least one axis"):
         pack(torch.tensor(1))
+    for value, bits in ((0.5, 1), (2.0, 1), (-1.0, 2), (float("nan"), 1), (4.0, 2)):
+        with pytest.raises(OptionError, match=f"pack: expected whole numbers 0..{2**bits - 1}.*got {value}"):
+            pack(torch.tensor([1.0, value, 0.0]), bits)
+    assert pack(torch.tensor([1.0, 0.5]), check=False).shape == (1,)
     with pytest.raises(ShapeError, match="expected uint8"):
         unpack(torch.zeros(2, dtype=torch.uint8), 8)
     with pytest.raises(ShapeError, match="expected uint8"):

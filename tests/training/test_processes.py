@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from spikefit.training import load_checkpoint, load_recipe, train
@@ -17,9 +18,11 @@ if __name__ == "__main__":
 """
 
 
-def test_two_processes(small, tmp_path):
+@pytest.mark.parametrize("strategy", ["bptt", "lean:spikes"])
+def test_two_processes(strategy, small, tmp_path):
     # 33 samples: the last batch has one, so that one process has no row of it; no statistics of batches
-    recipe = small(norm="ws", limit="33", accelerator="cpu", encoding="rate", accumulate="2", ema="0.5", lr="0.5")
+    options = {"norm": "ws", "limit": "33", "accelerator": "cpu", "encoding": "rate", "ema": "0.5", "lr": "0.5"}
+    recipe = small(**options, accumulate="2", strategy=strategy)
     alone = train(recipe, out=tmp_path / "one")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

@@ -142,3 +142,8 @@ def test_wrong_files(tmp_path):
 def test_recipes_do_not_change():
     with pytest.raises(ValueError, match="frozen"):
         base().seed = 3
+
+
+def test_encoding_none_is_the_time_axis_of_the_data():
+    recipe = load_recipe({"model": {"name": "har_mlp"}, "encoding": {"name": "none"}})
+    assert recipe.encoding.name == "sequence"

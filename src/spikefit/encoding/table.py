@@ -20,6 +20,8 @@ ENCODINGS: dict[str, Callable[..., Tensor]] = {
     "event_frames": event_frames,
     "sequence": sequence,
 }
+# Other words for them.
+ALIASES = {"none": "sequence"}
 # Options without a default, and what to give.
 REQUIRED = {
     "timesteps": "the number of time steps, such as 8",
@@ -55,13 +57,14 @@ def create_encoding(name: str, **options: Any) -> Encoding:
     """Make an encoding by name.
 
     Args:
-        name: "repeat", "rate", "latency" (static samples), "event_frames" (event recordings) or "sequence"
-            (data with a time axis).
+        name: "repeat", "rate", "latency" (static samples), "event_frames" (event recordings) or "sequence", also called
+            "none" (data with a time axis).
         **options: those of the function; `timesteps` for all but "sequence", `height` and `width` for "event_frames".
 
     Raises:
         OptionError: unknown name or option, or one that is missing or out of range.
     """
+    name = ALIASES.get(name, name)
     if name not in ENCODINGS:
         near = difflib.get_close_matches(name, ENCODINGS, n=2, cutoff=0.3)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""

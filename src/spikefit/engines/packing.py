@@ -214,7 +214,7 @@ class Codec:
             codes = patterns != self.levels[0]
         else:
             codes = torch.bucketize(patterns, self.levels, out_int32=True)
-        return pack(nn.functional.pad(codes, (0, -len(codes) % ROW)).view(-1, ROW), self.width)
+        return pack(nn.functional.pad(codes, (0, -len(codes) % ROW)).view(-1, ROW), self.width, check=False)
 
     def decode(self, rows: Tensor, n: int) -> Tensor:
         """The inverse of `encode`."""

@@ -12,6 +12,7 @@ from spikefit.layers.branch import Branch
 from spikefit.layers.lean import run_lean
 from spikefit.layers.norm import BatchNorm, Normal, create_norm
 from spikefit.layers.packed import PackedSpikes, Spikes, dense, packed_or_dense
+from spikefit.layers.shape import is_count
 from spikefit.layers.weight import (
     StandardizedConv1d,
     StandardizedConv2d,
@@ -75,8 +76,10 @@ class SpikingUnit(nn.Module):
         super().__init__()
         if pool is not None and pool not in POOLS:
             raise OptionError(f"{type(self).__name__}: pool must be None, 'max' or 'avg', got {pool!r}.")
-        if chunk is not None and chunk < 1:
-            raise OptionError(f"{type(self).__name__}: chunk must be at least 1 batch row, or None, got {chunk}.")
+        if chunk is not None and not is_count(chunk):
+            raise OptionError(
+                f"{type(self).__name__}: chunk must be a whole number of rows, at least 1, or None, got {chunk!r}."
+            )
         self.synapse, self.norm, self.neuron = synapse, norm, neuron
         self.pool, self.chunk = pool, chunk
         self.keep = "all"

@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from spikefit.data import DATASETS, load_dataset
 from spikefit.encoding import ENCODINGS, create_encoding
+from spikefit.encoding.table import ALIASES
 from spikefit.engines import parse_strategy
 from spikefit.errors import OptionError, RecipeError
 from spikefit.layers import NORMS
@@ -69,7 +70,9 @@ def data_options(name: str) -> dict[str, Any]:
 class EncodingSection(OpenSection):
     """How samples become sequences; further keys are options of the encoding."""
 
-    name: str = "repeat"
+    name: Annotated[str, BeforeValidator(lambda name: ALIASES.get(name, name) if isinstance(name, str) else name)] = (
+        "repeat"
+    )
     timesteps: int | None = None
 
     @model_validator(mode="after")

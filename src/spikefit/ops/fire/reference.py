@@ -35,7 +35,7 @@ def forward(
     for rows in _pieces(bits_TMP, v_T.shape[1], grid):
         x = _sum_terms(current, rows, bits_TMP.shape[0], backend)
         s, v_T[rows] = advance(x, _state(v_0, current.zs[0], rows), dynamics, backend)
-        bits_TMP[:, rows] = pack(s, backend=backend)
+        bits_TMP[:, rows] = pack(s, check=False, backend=backend)
 
 
 def backward(

@@ -12,24 +12,26 @@ BITS = (1, 2, 4, 8)
 SLICE = 1 << 20
 
 
-def pack(values: Tensor, bits: int = 1, *, backend: dispatch.Backend = "auto") -> Tensor:
+def pack(values: Tensor, bits: int = 1, *, check: bool = True, backend: dispatch.Backend = "auto") -> Tensor:
     """Store small whole numbers in few bits: [..., C] -> [..., P] uint8, P = ceil(C bits / 8).
 
-    The last axis is packed, its first value in the lowest bits, and every row ends on a whole byte. Values are not
-    checked: one outside of 0 .. 2**bits - 1 does not come back.
+    The last axis is packed, its first value in the lowest bits, and every row ends on a whole byte.
 
     Args:
         values: [..., C] of any real dtype, holding 0 .. 2**bits - 1.
         bits: per value: 1, 2, 4 or 8.
+        check: look at the values first; without, one that does not fit is lost. On CUDA the look waits for the device.
         backend: "auto", "reference", "numba" (CPU) or "triton" (CUDA).
 
     Raises:
         ShapeError: no axis.
-        OptionError: another number of bits.
+        OptionError: another number of bits, or a value that does not fit in so many.
         BackendError: the backend asked for cannot run this call.
     """
     if values.ndim == 0:
         raise ShapeError("pack: expected values with at least one axis, got a 0-d tensor; give it one: v.view(1).")
+    if check:
+        _check_values(values, bits)
     return _pack(values, _checked(bits), _choose(values, backend))
 
 
@@ -59,6 +61,18 @@ def unpack(
 def packed_length(channels: int, bits: int = 1) -> int:
     """Bytes that a row of `channels` values takes."""
     return -(-channels * _checked(bits) // 8)
+
+
+def _check_values(values: Tensor, bits: int) -> None:
+    most = 2 ** _checked(bits) - 1
+    wrong = (values < 0) | (values > most)
+    if values.is_floating_point():
+        wrong |= values != values.trunc()
+    if bool(wrong.any()):
+        raise OptionError(
+            f"pack: expected whole numbers 0..{most}, which {bits} bit hold, got {values[wrong][0].item()}; give more "
+            "bits, or keep the tensor dense."
+        )
 
 
 def _checked(bits: int) -> int:
