@@ -28,6 +28,8 @@ BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 SLOTS = {None: 0, "sgd": 1, "adam": 2, "adamw": 2}
 # Work of norm, neuron and pool per neuron-step of plain BPTT, in multiply-accumulates of a convolution.
 ELEMENTWISE = 800
+# Without a budget a plan may take this factor of the least peak there is.
+NEARLY = 1.01
 
 
 class Unit(NamedTuple):
@@ -65,7 +67,8 @@ def plan(
         model: a network of spikefit units; it is left as it was, `Plan.apply` sets it up.
         sample: input [T, B, ...], or (input, targets); only shapes, strides and dtype matter.
         budget: bytes of weights, buffers, optimiser, input and the peak of a step together: a number, "4GB" (10^9),
-            "4GiB" (2^30), a fraction below 1 of the memory of the device, or None for the least memory there is.
+            "4GiB" (2^30), a fraction below 1 of the memory of the device, or None for the least memory there is, to
+            one percent.
         optimizer: "sgd" (one slot per weight), "adam", "adamw" (two), an optimiser that has run, or None for none.
         loss: (logits, targets) -> scalar.
         autocast: plan for bfloat16 autocast.
@@ -94,7 +97,8 @@ def plan(
     units, around = tracer.units()
     if limit is None:
         # what the unit at the peak leaves room for costs no memory
-        keeps = _fitting(tracer, units, around, static + tracer.predict("spikes").peak, static)
+        least = int(NEARLY * tracer.predict("spikes").peak)
+        keeps = _fitting(tracer, units, around, static + least, static)
     else:
         plain = tracer.predict("all")
         if static + plain.peak <= limit:
