@@ -97,6 +97,12 @@ def test_plans_save_and_load(tmp_path):
     use_strategy(model, f"lean:{tmp_path / 'plan.json'}")
     assert model.blocks[1].keep == made.units[1].keep == "spikes"
     assert "blocks.3" in made.explain()
+    with pytest.raises(PlanError, match=r"cannot write .*choose another place"):
+        made.save(tmp_path / "nowhere" / "plan.json")
+    old = json.loads((tmp_path / "plan.json").read_text()) | {"schema": 0}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    with pytest.raises(PlanError, match="has schema 0, expected 1; make it again"):
+        Plan.load(tmp_path / "old.json")
     with pytest.raises(PlanError, match="made for another model"):
         made.apply(create_model("vgg6", input_shape=(3, 16, 16), width=0.5))
     with pytest.raises(PlanError, match="made for another model"):

@@ -105,8 +105,17 @@ class Plan:
         return {"schema": SCHEMA, "spikefit": version("spikefit"), "torch": torch.__version__, **asdict(self)}
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the plan as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        """Write the plan as JSON.
+
+        Raises:
+            PlanError: the place cannot be written.
+        """
+        try:
+            Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        except OSError as error:
+            raise PlanError(
+                f"plan: cannot write {path} ({error.strerror}); choose a place you may write to."
+            ) from error
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Plan":
@@ -122,6 +131,8 @@ class Plan:
             units = [UnitPlan(**{**u, "weight": tuple(u["weight"])}) for u in content.pop("units")]
             rest = {k: v for k, v in content.items() if k not in ("schema", "spikefit", "torch")}
             made = cls(**{**rest, "units": units, "sample": tuple(rest["sample"])})
+        except PlanError:
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PlanError(f"plan: {path} is no saved plan ({type(error).__name__}: {error}).") from None
         unknown = [u.keep for u in units if u.keep not in KEEPS]
