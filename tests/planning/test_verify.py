@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from spikefit.errors import SpikefitError
+from spikefit.errors import SpikefitError, StrategyError
 from spikefit.layers import BatchNorm, GlobalAveragePool, Readout, SpikingConv2d, lean, packed
 from spikefit.models import SpikingNetwork, create_model, use_strategy
 from spikefit.planning import plan, verify
+from support import dyadic
 
 SMALL = {"input_shape": (3, 12, 12), "width": 0.125}
 
@@ -127,3 +128,37 @@ def test_a_forward_that_cannot_be_repeated_is_refused():
     model = use_strategy(SpikingNetwork(blocks, input_shape=(3, 8, 8)), "lean:spikes")
     with pytest.raises(SpikefitError, match="cannot be repeated"):
         verify(model, torch.rand(3, 2, 3, 8, 8))
+
+
+class Own(nn.Module):
+    """A user's module that calls units itself, dense from one to the next, with an operation of its own between."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = SpikingConv2d(2, 8, pool="max"), SpikingConv2d(8, 16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x):
+        s, _ = self.first(x)
+        s, _ = self.second(0.5 * s)
+        return self.head(s.mean((3, 4)))
+
+
+def test_own_modules_made_of_units():
+    x, y = (2 * dyadic(4, 3, 2, 8, 8)).requires_grad_(), torch.tensor([0, 1, 2])
+    found = {}
+    for strategy in ("bptt", "lean:spikes", "plan"):
+        model = Own()
+        use_strategy(model, plan(model, (x.detach(), y), None) if strategy == "plan" else strategy)
+        assert model.first.keep == {"bptt": "all"}.get(strategy, model.first.keep)
+        logits = model(x)
+        loss = nn.functional.cross_entropy(logits.mean(0), y)
+        found[strategy] = logits.detach(), torch.autograd.grad(loss, [x, *model.parameters()])
+        assert verify(model, (x.detach(), y)).passed
+    for logits, gradients in list(found.values())[1:]:
+        assert torch.equal(logits, found["bptt"][0])
+        for got, wanted in zip(gradients, found["bptt"][1], strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+    with pytest.raises(StrategyError, match="contains no SpikingNetwork, which checkpoint needs"):
+        use_strategy(Own(), "checkpoint")

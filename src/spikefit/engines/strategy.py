@@ -47,6 +47,11 @@ class Strategy:
         """Whether the gradient equals that of plain BPTT."""
         return STRATEGIES[self.name].exact
 
+    @property
+    def by_unit(self) -> bool:
+        """Whether every unit obtains its gradient by itself, so that no network has to run the chain."""
+        return STRATEGIES[self.name].run is depth.run_plain
+
     def run(self, blocks: list[nn.Module], x: Tensor, state: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
         """Run `blocks` one after the other over the sequence `x`; returns (output, state)."""
         return STRATEGIES[self.name].run(blocks, x, state, self.option)

@@ -6,8 +6,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from spikefit.engines.plan import Plan
 from spikefit.engines.strategy import Strategy, parse_strategy
 from spikefit.errors import OptionError, ShapeError, StateError, StrategyError
+from spikefit.layers import SpikingUnit
 from spikefit.layers.weight import check_floating
 from spikefit.models.checks import check_count
 
@@ -230,30 +232,36 @@ class SpikingNetwork(nn.Module):
             )
 
 
-def use_strategy(model: nn.Module, strategy: str | dict[str, Any] | Strategy) -> nn.Module:
+def use_strategy(model: nn.Module, strategy: str | dict[str, Any] | Strategy | Plan) -> nn.Module:
     """Set how the gradients of `model` are obtained, in place; outputs, parameters and `state_dict` stay the same.
 
     Args:
-        model: a `SpikingNetwork`, or any module that contains some.
-        strategy: "bptt", "checkpoint", "checkpoint:2", ...; `spikefit list strategies` shows all.
+        model: a `SpikingNetwork`, or any module that contains some; for "bptt", "lean" and plans, which are a matter of
+            single units, also a module of your own made of units.
+        strategy: "bptt", "lean:spikes", "checkpoint:2", ... (`spikefit list strategies` shows all), or a plan.
 
     Returns:
         `model` itself.
 
     Raises:
-        StrategyError: unknown name or option, or no `SpikingNetwork` in `model`.
+        StrategyError: unknown name or option, or nothing in `model` that the strategy could act on.
+        PlanError: the plan was made for another model.
 
     Example:
-        model = use_strategy(create_model("vgg9"), "checkpoint")
+        model = use_strategy(create_model("vgg9"), "lean:spikes")
     """
-    parsed = parse_strategy(strategy)
+    parsed = Strategy("lean") if isinstance(strategy, Plan) else parse_strategy(strategy)
     networks = [m for m in model.modules() if isinstance(m, SpikingNetwork)]
-    if not networks:
+    units = any(isinstance(m, SpikingUnit) for m in model.modules())
+    if not networks and not (units and parsed.by_unit):
         raise StrategyError(
-            f"use_strategy: {type(model).__name__} contains no SpikingNetwork; build the model from "
-            "spikefit.SpikingNetwork([...]) or spikefit.create_model(...)."
+            f"use_strategy: {type(model).__name__} contains no SpikingNetwork, which {parsed.name} needs; build the "
+            "model from spikefit.SpikingNetwork([...]) or spikefit.create_model(...)."
         )
-    parsed.set_keeps(model)
+    if isinstance(strategy, Plan):
+        strategy.apply(model)
+    else:
+        parsed.set_keeps(model)
     for network in networks:
         network.strategy = parsed
     return model
