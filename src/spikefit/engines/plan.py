@@ -113,9 +113,7 @@ class Plan:
         try:
             Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
         except OSError as error:
-            raise PlanError(
-                f"plan: cannot write {path} ({error.strerror}); choose a place you may write to."
-            ) from error
+            raise PlanError(f"plan: cannot write {path} ({error.strerror}); choose another place.") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Plan":
