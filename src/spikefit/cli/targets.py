@@ -99,7 +99,12 @@ def report_target(target: str, changes: dict[str, str]) -> MemoryReport:
     settings = dict(changes)
     budget, optimizer = settings.pop("budget", None), settings.get("optimizer")
     step = read_step(target, settings, shapes_only=True)
-    options: dict[str, Any] = {"optimizer": optimizer, "loss": step.loss, "autocast": step.autocast}
+    options: dict[str, Any] = {
+        "optimizer": optimizer,
+        "loss": step.loss,
+        "autocast": step.autocast,
+        "device": step.device,
+    }
     with use_backend(step.backend):
         made = None if budget is None else plan(step.model, step.sample, _limit(budget), **options)
         return report(step.model, step.sample, made, **options)

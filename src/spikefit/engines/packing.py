@@ -20,9 +20,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from spikefit.errors import OptionError, TrainingError
 from spikefit.ops.packbits import pack, unpack
+from spikefit.ops.packbits.reference import PATTERN
 
-# The integer type whose numbers are the bit patterns of a type of so many bytes.
-PATTERN = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Most levels of one tensor. More of them in a sample of SAMPLE elements reject a tensor at once; with more than FEW, a
 # larger sample is looked at before all elements are, and integers are tried as distances first.

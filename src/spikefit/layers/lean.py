@@ -14,12 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spikefit.errors import StateError, StrategyError
+from spikefit.errors import StrategyError
 from spikefit.layers.branch import Branch, Rebuilt, Statistics, as_images, as_rows, filled, template_of, tensors_of
 from spikefit.layers.packed import PackedSpikes, Spikes, grid_of, pooled_space
 from spikefit.ops.dispatch import Backend
+from spikefit.ops.dtype import compute_dtype
 from spikefit.ops.fire import Current, fire, fire_gradient, fire_sums
-from spikefit.ops.lif.op import Dynamics
+from spikefit.ops.lif.op import Dynamics, checked_membrane
 from spikefit.ops.norm import moments
 
 
@@ -118,13 +119,13 @@ def _forward(ctx, plan: _Plan, branches: list[Branch], v_0, learned, added, adde
             statistics = moments(z, per_step=b.normal.per_step, backend=b.normal.backend)
             stats += statistics
         zs.append(z)
-        maps.append(b.affine(statistics, _compute(z.dtype)))
+        maps.append(b.affine(statistics, compute_dtype(z.dtype)))
     shape = zs[0].shape
     # a repeated input gives one step of current, for all T steps of the neuron
     T = max(z.shape[0] * b.repeats for z, b in zip(zs, branches, strict=True))
     grid = grid_of(shape[1], tuple(shape[3:]), plan.pool)
     current = _current(plan, [as_rows(z) for z in zs], maps, added, added_bits)
-    start = None if v_0 is None else _checked_rows(v_0, shape[1:], zs[0])
+    start = None if v_0 is None else _state_rows(checked_membrane("lif", v_0, shape[1:], zs[0]))
     bits, v_T = fire(current, start, T, grid, plan.dynamics._replace(learned=learned), backend=plan.backend)
 
     kept = current.zs if plan.keep == "input" else []
@@ -135,22 +136,17 @@ def _forward(ctx, plan: _Plan, branches: list[Branch], v_0, learned, added, adde
     ctx.set_materialize_grads(False)
     space = pooled_space(tuple(shape[3:]), plan.pool)
     carrier = bits.new_zeros((), dtype=zs[0].dtype).expand(T, *shape[1:3], *space)
-    return carrier, bits, as_images(v_T.unsqueeze(0), shape[1], tuple(shape[3:]))[0], *stats
+    return carrier, bits, _state_image(v_T, shape[1], tuple(shape[3:])), *stats
 
 
-def _compute(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _checked_rows(v_0: Tensor, shape: torch.Size, z: Tensor) -> Tensor:
+def _state_rows(v: Tensor) -> Tensor:
     """The membrane [B, C, ...] as rows [M, C]."""
-    compute = _compute(z.dtype)
-    if v_0.shape != shape or v_0.dtype != compute or v_0.device != z.device:
-        raise StateError(
-            f"lif: expected a membrane {tuple(shape)} {compute} on {z.device}, got {tuple(v_0.shape)} {v_0.dtype} on "
-            f"{v_0.device}. Pass the state of this batch, or None to start from zero."
-        )
-    return as_rows(v_0.unsqueeze(0))[0]
+    return as_rows(v.unsqueeze(0))[0]
+
+
+def _state_image(v_MC: Tensor, batch: int, space: tuple[int, ...]) -> Tensor:
+    """The inverse of `_state_rows`."""
+    return as_images(v_MC.unsqueeze(0), batch, space)[0]
 
 
 def _current(plan: _Plan, zs: list[Tensor], maps, added: Tensor | None, added_bits: Tensor | None) -> Current:
@@ -178,12 +174,12 @@ def _backward(ctx, g: Tensor | None, q: Tensor | None):
     rebuilt = [
         Rebuilt(b, ctx.shapes[k], ctx.dtype, kept[k] if kept else None, wants[k][0]) for k, b in enumerate(branches)
     ]
-    maps = [b.affine(s, _compute(ctx.dtype)) for b, s in zip(branches, statistics, strict=True)]
+    maps = [b.affine(s, compute_dtype(ctx.dtype)) for b, s in zip(branches, statistics, strict=True)]
     current = _current(plan, [r.z for r in rebuilt], maps, added, added_bits)
     outer = (
         bits.new_zeros((), dtype=ctx.dtype).expand(len(bits), grid.pooled_rows, shape[2]) if g is None else as_rows(g)
     )
-    start, end = (None if v is None else as_rows(v.unsqueeze(0))[0] for v in (v_0, q))
+    start, end = (None if v is None else _state_rows(v) for v in (v_0, q))
     arguments = (
         outer.to(ctx.dtype).contiguous(), end, current, start, bits, grid, plan.dynamics._replace(learned=learned)
     )  # fmt: skip
@@ -197,7 +193,7 @@ def _backward(ctx, g: Tensor | None, q: Tensor | None):
     want_v_0, want_learned, want_added = ctx.needs_input_grad[1:4]
     dx, dv_0, d_3 = fire_gradient(
         *arguments,
-        [torch.stack([d.a, d.b, d.c]).to(_compute(ctx.dtype)) for d in norms],
+        [torch.stack([d.a, d.b, d.c]).to(compute_dtype(ctx.dtype)) for d in norms],
         want_current=want_added,
         want_state=want_v_0,
         want_coefficients=want_learned,
@@ -208,7 +204,7 @@ def _backward(ctx, g: Tensor | None, q: Tensor | None):
     space = tuple(shape[3:])
     result: list[Tensor | None] = [
         None,
-        as_images(dv_0.unsqueeze(0), shape[1], space)[0] if want_v_0 else None,
+        _state_image(dv_0, shape[1], space) if want_v_0 else None,
         d_3.to(learned.dtype) if want_learned else None,
         as_images(dx, shape[1], space).to(added.dtype) if want_added else None,
         None,

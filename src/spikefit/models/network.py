@@ -1,6 +1,7 @@
 """The network: a chain of blocks, its state as a value, and the strategy that runs it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -12,6 +13,7 @@ from spikefit.errors import OptionError, ShapeError, StateError, StrategyError
 from spikefit.layers import SpikingUnit
 from spikefit.layers.weight import check_floating
 from spikefit.models.checks import check_count
+from spikefit.ops.dtype import compute_dtype
 
 State = tuple[Any, ...]
 
@@ -156,7 +158,7 @@ class SpikingNetwork(nn.Module):
             window = (self.timesteps, batch_size, *shape)
             return (torch.zeros(window, device=device, dtype=like.dtype if dtype is None else dtype),)
         if dtype is None:
-            dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+            dtype = compute_dtype(like.dtype)
         sample, state = shape, []
         for i, block in enumerate(self.blocks):
             try:
@@ -265,3 +267,26 @@ def use_strategy(model: nn.Module, strategy: str | dict[str, Any] | Strategy | P
     for network in networks:
         network.strategy = parsed
     return model
+
+
+@contextmanager
+def restored_strategy(model: nn.Module) -> Iterator[None]:
+    """After the block, strategies of networks and choices of units in `model` are what they were before."""
+    networks = {m: m.strategy for m in model.modules() if isinstance(m, SpikingNetwork)}
+    units = {m: m.keep for m in model.modules() if isinstance(m, SpikingUnit)}
+    try:
+        yield
+    finally:
+        for network, strategy in networks.items():
+            network.strategy = strategy
+        for unit, keep in units.items():
+            unit.keep = keep
+
+
+@contextmanager
+def plain_bptt(model: nn.Module) -> Iterator[None]:
+    """`model` under plain BPTT for the time of the block."""
+    with restored_strategy(model):
+        if any(isinstance(m, SpikingNetwork | SpikingUnit) for m in model.modules()):
+            use_strategy(model, "bptt")
+        yield

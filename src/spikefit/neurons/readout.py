@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spikefit.errors import OptionError, ShapeError, StateError
+from spikefit.ops.dtype import compute_dtype
 
 
 class LeakyReadout(nn.Module):
@@ -44,7 +45,7 @@ class LeakyReadout(nn.Module):
         """
         if x.ndim < 2 or x.shape[0] == 0:
             raise ShapeError(f"LeakyReadout: expected x as [T, B, K] with T >= 1, got {tuple(x.shape)}.")
-        compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+        compute = compute_dtype(x.dtype)
         if v_0 is not None and v_0.shape != x.shape[1:]:
             raise StateError(
                 f"LeakyReadout: expected a membrane {tuple(x.shape[1:])}, got {tuple(v_0.shape)}. "

@@ -278,6 +278,11 @@ class PredictedBytes:
     stages: dict[str, int] = field(default_factory=dict)
     alive: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def peak_stage(self) -> str:
+        """The stage that sets the peak."""
+        return max(self.stages, key=lambda stage: self.stages[stage])
+
     @staticmethod
     def with_margin(live: int) -> int:
         """What is predicted for a step whose live tensors peak at so many bytes."""

@@ -19,8 +19,9 @@ from spikefit.engines.plan import Plan, UnitPlan, planned_units
 from spikefit.errors import BudgetError, OptionError, PlanError
 from spikefit.layers.packed import PackedSpikes
 from spikefit.layers.unit import LaterCurrent
+from spikefit.models.network import restored_strategy
 from spikefit.planning.memory import PredictedBytes, predicted_bytes
-from spikefit.planning.target import LossFunction, mean_cross_entropy
+from spikefit.planning.target import LossFunction, in_training, mean_cross_entropy, with_targets
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -49,6 +50,11 @@ class Unit(NamedTuple):
     macs: int
     forward: int
     backward: int
+
+    @property
+    def neuron_steps(self) -> int:
+        """Neurons times steps, one bit each."""
+        return 8 * self.bits
 
 
 def plan(
@@ -82,7 +88,7 @@ def plan(
         PlanError: the model has no units, or its forward cannot be traced.
         BudgetError: nothing fits; the message says the smallest budget that does, and which batch or T would fit.
     """
-    x, y = sample if isinstance(sample, tuple) else (sample, torch.zeros(sample.shape[1], dtype=torch.int64))
+    x, y = with_targets(sample)
     where = x.device if device is None else torch.device(device)
     limit = None if budget is None else parse_budget(budget, where)
     if not planned_units(model):
@@ -169,17 +175,10 @@ class _Tracer:
     def predict(self, keeps: str | list[str], x: Tensor | None = None, y: Tensor | None = None) -> PredictedBytes:
         """Trace a step in which the units keep `keeps`."""
         chosen = [keeps] * len(self.names) if isinstance(keeps, str) else keeps
-        before = {m: m.keep for m in self.model.modules() if hasattr(m, "keep")}
-        training = self.model.training
-        try:
+        with in_training(self.model), restored_strategy(self.model):
             _choices(self.names, chosen, self.weights).apply(self.model)
-            self.model.train()
             x, y = self.x if x is None else x, self.y if y is None else y
             return predicted_bytes(self.model, x, y, loss=self.loss, autocast=self.autocast, device=self.device)
-        finally:
-            self.model.train(training)
-            for module, keep in before.items():
-                module.keep = keep
 
     def units(self) -> tuple[list[Unit], int]:
         """(all units, live bytes of the loss), from a step with bits alone and one that keeps every z."""
@@ -285,7 +284,6 @@ def _fitting(tracer: _Tracer, units: list[Unit], around: int, limit: int, static
 def _infeasible(tracer: _Tracer, units: list[Unit], limit: int, static: int) -> str:
     """What the smallest budget is, what sets it, and which batch or T would fit."""
     least = tracer.predict("spikes")
-    stage = max(least.stages, key=lambda s: least.stages[s])
     batch = _largest(tracer, lambda n: (tracer.x[:, :n], tracer.y[:n]), tracer.x.shape[1], limit, static)
     advice = []
     if batch:
@@ -297,7 +295,8 @@ def _infeasible(tracer: _Tracer, units: list[Unit], limit: int, static: int) -> 
     return (
         f"plan: a budget of {show_bytes(limit)} cannot be met; the smallest is {show_bytes(static + least.peak)}, of "
         f"which {show_bytes(static)} are weights, buffers, optimiser and input, and {show_bytes(least.peak)} one step, "
-        f"set by {stage}. " + (f"Else: {' or '.join(advice)}." if advice else "Even one sample does not fit.")
+        f"set by {least.peak_stage}. "
+        + (f"Else: {' or '.join(advice)}." if advice else "Even one sample does not fit.")
     )
 
 
@@ -335,11 +334,10 @@ def _along(looks: list[tuple[int, int]], limit: int) -> int:
     return n + int((limit - at_n) // slope) if slope > 0 else 2 * n
 
 
-def slowdown(units: list[Unit], neuron_steps: list[int], keeps: list[str]) -> float:
-    """Step time over that of plain BPTT: weights run three times there, and once more where a unit keeps bits alone."""
-    plain = sum(3 * u.macs for u in units) + ELEMENTWISE * sum(neuron_steps)
-    again = sum(u.macs for u, keep in zip(units, keeps, strict=True) if keep == "spikes")
-    return 1 + again / plain if plain else 1.0
+def share_of_step(units: list[Unit]) -> list[float]:
+    """The time of running the weight of a unit once, over that of a step of plain BPTT, where it runs three times."""
+    plain = sum(3 * u.macs + ELEMENTWISE * u.neuron_steps for u in units)
+    return [u.macs / plain if plain else 0.0 for u in units]
 
 
 def _made(
@@ -353,27 +351,24 @@ def _made(
 ) -> Plan:
     """The plan with its reasons."""
     choice = dict(zip(tracer.names, keeps, strict=True))
-    steps = [8 * u.bits for u in units]
-    plain = sum(3 * u.macs for u in units) + ELEMENTWISE * sum(steps)
-    made = []
-    for u in units:
+    slowdown, made = 1.0, []
+    for u, share in zip(units, share_of_step(units), strict=True):
         keep = choice[u.name]
-        share = 100 * u.macs / plain if plain else 0
+        slowdown += share if keep == "spikes" else 0
         reason = {
             "all": "everything fits, so autograd keeps what it likes",
-            "input": f"keeps z, {show_bytes(u.kept)}: spares {share:.1f} % of the step",
-            "spikes": f"runs its weight again: costs {share:.1f} % of the step, frees {show_bytes(u.kept)}",
+            "input": f"keeps z, {show_bytes(u.kept)}: spares {share:.1%} of the step",
+            "spikes": f"runs its weight again: costs {share:.1%} of the step, frees {show_bytes(u.kept)}",
         }[keep]
         held = sum(predicted.saved.layers.get(u.name, {}).values())
         made.append(UnitPlan(u.name, keep, held, tracer.weights[u.name], reason))
-    stage = max(predicted.stages, key=lambda s: predicted.stages[s])
-    explanation = [f"peak {show_bytes(predicted.peak)} above weights, set by {stage}."]
+    explanation = [f"peak {show_bytes(predicted.peak)} above weights, set by {predicted.peak_stage}."]
     explanation += _next_plan(units, [choice[u.name] for u in units], predicted, static)
     return Plan(
         budget_bytes=limit,
         static_bytes=static,
         predicted_peak_bytes=predicted.peak,
-        predicted_slowdown=round(slowdown(units, steps, [choice[u.name] for u in units]), 4),
+        predicted_slowdown=round(slowdown, 4),
         units=made,
         sample=tuple(tracer.x.shape),
         dtype=str(tracer.x.dtype).removeprefix("torch."),

@@ -13,13 +13,21 @@ from spikefit.errors import OptionError
 from spikefit.layers import Readout, SpikingConv1d, SpikingUnit
 from spikefit.layers.packed import Spikes, dense
 from spikefit.models import SpikingNetwork, use_strategy
+from spikefit.models.network import plain_bptt
 from spikefit.neurons import SpikingNeuron
 from spikefit.ops.dispatch import installed, resolve, use_backend
 from spikefit.planning.energy import Operations, energy_report, macs_of, operations
 from spikefit.planning.measured import cuda_peak_bytes, measured_peak_bytes, measured_peak_bytes_of
 from spikefit.planning.memory import SavedBytes, predicted_bytes, reliability
-from spikefit.planning.target import LossFunction, Step, Target, mean_cross_entropy, training_step, with_targets
-from spikefit.planning.verify import plain_bptt
+from spikefit.planning.target import (
+    LossFunction,
+    Step,
+    Target,
+    in_training,
+    mean_cross_entropy,
+    training_step,
+    with_targets,
+)
 
 
 @dataclass
@@ -147,9 +155,7 @@ def profile(
 
 def _profile(step: Step, target: Target | None, predict_only: bool, repeats: int) -> Profile:
     module, x, y, loss, autocast = step.model, step.x, step.y, step.loss, step.autocast
-    was_training = module.training
-    module.train()
-    try:
+    with in_training(module):
         predicted = predicted_bytes(module, x, y, loss=loss, autocast=autocast, device=step.device)
         counted = _shapes(module, x, autocast)
         rates: dict[str, float] = {}
@@ -163,8 +169,6 @@ def _profile(step: Step, target: Target | None, predict_only: bool, repeats: int
                 peak = measured_peak_bytes(target, loss)
             else:
                 peak = measured_peak_bytes_of(module, x, y, loss, backend=step.backend, autocast=autocast)
-    finally:
-        module.train(was_training)
     return Profile(
         predicted_peak_bytes=predicted.peak,
         measured_peak_bytes=peak,

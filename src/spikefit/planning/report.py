@@ -1,19 +1,18 @@
 """`report`: the bytes of a training step before and after, per unit and category, without running it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spikefit.engines import Plan
-from spikefit.layers import SpikingUnit
+from spikefit.models.network import plain_bptt, restored_strategy
 from spikefit.planning.memory import PredictedBytes, predicted_bytes
 from spikefit.planning.plan import largest_size, show_bytes, static_bytes
-from spikefit.planning.target import LossFunction, mean_cross_entropy, with_targets
-from spikefit.planning.verify import plain_bptt
+from spikefit.planning.target import LossFunction, in_training, mean_cross_entropy, with_targets
 
 LONGEST = 16
 # Rows of what is alive at the peak.
@@ -94,6 +93,7 @@ def report(
     optimizer: str | torch.optim.Optimizer | None = None,
     loss: LossFunction = mean_cross_entropy,
     autocast: bool = False,
+    device: str | None = None,
 ) -> MemoryReport:
     """Bytes of a training step before and after, per unit and category; nothing is allocated.
 
@@ -104,6 +104,7 @@ def report(
         optimizer: as in `spikefit.plan`.
         loss: (logits, targets) -> scalar.
         autocast: under bfloat16 autocast.
+        device: as in `spikefit.plan`.
 
     Returns:
         MemoryReport.
@@ -112,16 +113,15 @@ def report(
         PlanError: the plan belongs to another model, or the forward cannot be traced.
     """
     x, y = with_targets(sample)
-    training = model.training
-    model.train()
-    try:
+    predict = partial(predicted_bytes, model, loss=loss, autocast=autocast, device=device)
+    with in_training(model):
         with plain_bptt(model):
-            before = predicted_bytes(model, x, y, loss=loss, autocast=autocast)
-        with applied(model, plan):
-            after = predicted_bytes(model, x, y, loss=loss, autocast=autocast)
-            sizes = _sizes(model, x, y, plan, optimizer, loss, autocast)
-    finally:
-        model.train(training)
+            before = predict(x, y)
+        with restored_strategy(model):
+            if plan is not None:
+                plan.apply(model)
+            after = predict(x, y)
+            sizes = _sizes(model, x, y, plan, optimizer, predict)
     return MemoryReport(
         before=_side(model, x, before, optimizer),
         after=_side(model, x, after, optimizer),
@@ -132,22 +132,10 @@ def report(
     )
 
 
-@contextmanager
-def applied(model: nn.Module, plan: Plan | None) -> Iterator[None]:
-    """`model` under `plan` for the time of the block."""
-    units = [m for m in model.modules() if isinstance(m, SpikingUnit)]
-    keeps = [u.keep for u in units]
-    try:
-        if plan is not None:
-            plan.apply(model)
-        yield
-    finally:
-        for unit, keep in zip(units, keeps, strict=True):
-            unit.keep = keep
-
-
-def _sizes(model, x, y, plan: Plan | None, optimizer, loss, autocast) -> tuple[int | None, int | None]:
-    """The largest batch and T that fit the budget of the plan, doubled up from the given ones."""
+def _sizes(
+    model, x, y, plan: Plan | None, optimizer, predict: Callable[[Tensor, Tensor], PredictedBytes]
+) -> tuple[int | None, int | None]:
+    """The largest batch and T that fit the budget of the plan."""
     if plan is None or plan.budget_bytes is None:
         return None, None
 
@@ -157,7 +145,7 @@ def _sizes(model, x, y, plan: Plan | None, optimizer, loss, autocast) -> tuple[i
             timesteps, batch, *x.shape[2:]
         )
         static, _ = static_bytes(model, big, optimizer)
-        return static + predicted_bytes(model, big, y[:1].expand(batch), loss=loss, autocast=autocast).peak
+        return static + predict(big, y[:1].expand(batch)).peak
 
     steps = x.shape[0]
     batch = largest_size(lambda n: peak(steps, n), plan.budget_bytes, x.shape[1])
@@ -185,6 +173,6 @@ def _side(model: nn.Module, x: Tensor, predicted: PredictedBytes, optimizer) -> 
             "transient": max(0, predicted.peak - gradients - spikes - floats),
         },
         predicted.saved.layers,
-        max(predicted.stages, key=lambda stage: predicted.stages[stage]),
+        predicted.peak_stage,
         predicted.alive,
     )

@@ -180,6 +180,17 @@ def with_targets(sample: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor
     return sample, torch.zeros(sample.shape[1], dtype=torch.int64, device=sample.device)
 
 
+@contextmanager
+def in_training(model: nn.Module) -> Iterator[None]:
+    """`model` in training mode for the time of the block."""
+    training = model.training
+    model.train()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def load_factory(text: str) -> Callable[..., Any]:
     """The object behind "package.module:name", from the working directory too.
 

@@ -6,20 +6,18 @@ between two equal runs is noise of the machine, or a model whose forward cannot 
 """
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spikefit.engines import Strategy
 from spikefit.errors import SpikefitError
 from spikefit.layers import SpikingUnit
 from spikefit.layers.packed import PackedSpikes
-from spikefit.models import SpikingNetwork
+from spikefit.models.network import plain_bptt
 from spikefit.ops.dispatch import use_backend
-from spikefit.planning.target import LossFunction, mean_cross_entropy, training_step
+from spikefit.planning.target import LossFunction, in_training, mean_cross_entropy, training_step, with_targets
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
@@ -109,11 +107,8 @@ def verify(
     Raises:
         SpikefitError: two equal runs of the model differ in their spikes, so nothing can be compared or recomputed.
     """
-    x, y = sample if isinstance(sample, tuple) else (sample, torch.zeros(sample.shape[1], dtype=torch.int64))
-    options = (x, y, loss, autocast)
-    training = model.training
-    model.train()
-    try:
+    options = (*with_targets(sample), loss, autocast)
+    with in_training(model):
         first, oracle = (_run(model, *options, plain=True, backend="reference") for _ in range(2))
         if _differing(first, oracle) or not torch.equal(first.logits, oracle.logits):
             names = [*_differing(first, oracle), "the logits"]
@@ -123,8 +118,6 @@ def verify(
                 "between calls."
             )
         got = _run(model, *options, plain=False, backend=backend)
-    finally:
-        model.train(training)
     noise, _ = _error(first, oracle)
     error, worst = _error(got, oracle)
     dtype = torch.bfloat16 if autocast else next(iter(oracle.gradients.values())).dtype
@@ -192,25 +185,6 @@ def _record(name: str, spikes: dict[str, Tensor]):
                 spikes[name] = dense.clone()
 
     return hook
-
-
-@contextlib.contextmanager
-def plain_bptt(model: nn.Module) -> Iterator[None]:
-    """`model` under plain BPTT for the time of the block."""
-    networks = [m for m in model.modules() if isinstance(m, SpikingNetwork)]
-    units = [m for m in model.modules() if isinstance(m, SpikingUnit)]
-    strategies, keeps = [n.strategy for n in networks], [u.keep for u in units]
-    try:
-        for network in networks:
-            network.strategy = Strategy("bptt")
-        for unit in units:
-            unit.keep = "all"
-        yield
-    finally:
-        for network, strategy in zip(networks, strategies, strict=True):
-            network.strategy = strategy
-        for unit, keep in zip(units, keeps, strict=True):
-            unit.keep = keep
 
 
 def _differing(a: _Step, b: _Step) -> dict[str, int]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from spikefit.ops import dispatch
+from spikefit.ops.dtype import compute_dtype
 from spikefit.ops.fire import reference
 from spikefit.ops.fire.layout import Current, Grid
 from spikefit.ops.lif.op import Dynamics, choose_backend, flat, numbers, unflat
@@ -168,7 +169,7 @@ def _results(z: Tensor, timesteps: int) -> tuple[Tensor, Tensor]:
     """Uninitialised (bits, v_T)."""
     _, M, C = z.shape
     bits = z.new_empty((timesteps, M, packed_length(C)), dtype=torch.uint8)
-    return bits, z.new_empty((M, C), dtype=reference.compute_dtype(z))
+    return bits, z.new_empty((M, C), dtype=compute_dtype(z.dtype))
 
 
 @torch.library.custom_op("spikefit::fire_sums", mutates_args=())
@@ -272,7 +273,7 @@ def _(g, q, zs, scales, shifts, extra, spikes, v_0, bits, *rest):
 def _gradients(z: Tensor, timesteps: int, want_current: bool, want_state: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised (dL/dx, dL/dv_0, d_3); what is not wanted is empty."""
     _, M, C = z.shape
-    compute = reference.compute_dtype(z)
+    compute = compute_dtype(z.dtype)
     dx = z.new_empty((timesteps, M, C) if want_current else (0, 0, 0))
     return dx, z.new_empty((M, C) if want_state else (0, 0), dtype=compute), z.new_empty(3, dtype=compute)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from spikefit.ops import dispatch, norm
+from spikefit.ops.dtype import compute_dtype
 from spikefit.ops.fire.layout import Current, Grid
 from spikefit.ops.lif.op import Dynamics, advance, retrace
 from spikefit.ops.packbits import pack, unpack
@@ -66,7 +67,7 @@ def backward(
     T, C, z = bits_TMP.shape[0], current.zs[0].shape[2], current.zs[0]
     R = max(scale.shape[0] for scale in current.scales)
     sums = z.new_zeros((1 + len(current.zs), R, C), dtype=torch.float64)
-    d_3 = z.new_zeros(3, dtype=compute_dtype(z))
+    d_3 = z.new_zeros(3, dtype=compute_dtype(z.dtype))
     for rows in _pieces(bits_TMP, C, grid):
         x = _sum_terms(current, rows, T, backend)
         s = unpack(bits_TMP[:, rows], C, dtype=x.dtype, backend=backend)
@@ -145,10 +146,5 @@ def _sum_terms(current: Current, rows: slice, T: int, backend: dispatch.Backend)
 def _state(v: Tensor | None, z: Tensor, rows: slice) -> Tensor:
     """Some rows of a membrane [M, C], or one zero repeated."""
     if v is None:
-        return z.new_zeros((), dtype=compute_dtype(z)).expand(rows.stop - rows.start, z.shape[2])
+        return z.new_zeros((), dtype=compute_dtype(z.dtype)).expand(rows.stop - rows.start, z.shape[2])
     return v[rows]
-
-
-def compute_dtype(z: Tensor) -> torch.dtype:
-    """The dtype of membranes and sums of a layer."""
-    return torch.float64 if z.dtype == torch.float64 else torch.float32

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from spikefit.errors import BackendError, ShapeError, StateError
 from spikefit.ops import dispatch
+from spikefit.ops.dtype import compute_dtype
 from spikefit.ops.lif import reference
 from spikefit.ops.lif.equation import Equation, check_coefficients
 from spikefit.ops.lif.reference import Scalar
@@ -193,15 +194,24 @@ def checked_state(who: str, x: Tensor, v_0: Tensor | None) -> Tensor:
         )
     if x.shape[0] == 0:
         raise ShapeError(f"{who}: expected at least one time step, got x of shape {tuple(x.shape)} with T = 0.")
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     if v_0 is None:
-        return x.new_zeros((), dtype=compute).expand(x.shape[1:])
-    if v_0.shape != x.shape[1:] or v_0.dtype != compute or v_0.device != x.device:
+        return x.new_zeros((), dtype=compute_dtype(x.dtype)).expand(x.shape[1:])
+    return checked_membrane(who, v_0, x.shape[1:], x)
+
+
+def checked_membrane(who: str, v: Tensor, shape: torch.Size, like: Tensor) -> Tensor:
+    """`v` if it is a membrane of `shape` for a layer whose sequences are `like` in dtype and device.
+
+    Raises:
+        StateError: it is not.
+    """
+    compute = compute_dtype(like.dtype)
+    if v.shape != shape or v.dtype != compute or v.device != like.device:
         raise StateError(
-            f"{who}: expected a membrane {tuple(x.shape[1:])} {compute} on {x.device}, got {tuple(v_0.shape)} "
-            f"{v_0.dtype} on {v_0.device}. Pass the state of this batch, or None to start from zero."
+            f"{who}: expected a membrane {tuple(shape)} {compute} on {like.device}, got {tuple(v.shape)} {v.dtype} on "
+            f"{v.device}. Pass the state of this batch, or None to start from zero."
         )
-    return v_0
+    return v
 
 
 def dynamics_of(
@@ -222,8 +232,8 @@ def dynamics_of(
     equation = Equation.make(
         v_reset=v_reset, reset=reset, v_rest=v_rest, strict=strict, detach_reset=detach_reset, surrogate=surrogate
     )
-    compute = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return Dynamics(equation, *coefficients(leak, gain, v_threshold, like.new_empty(0, dtype=compute)))
+    values = like.new_empty(0, dtype=compute_dtype(like.dtype))
+    return Dynamics(equation, *coefficients(leak, gain, v_threshold, values))
 
 
 def coefficients(

@@ -9,6 +9,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
+from spikefit.ops.dtype import compute_dtype
 from spikefit.ops.threads import use_torch_threads
 
 # Elements per block of rows: large enough to hide the start of a block, small enough to share out evenly.
@@ -35,7 +36,7 @@ def gradient_sums(g_TMCS: Tensor, z_TMCS: Tensor) -> tuple[Tensor, Tensor]:
     use_torch_threads()
     squares = g_TMCS is z_TMCS
     for g, z, _ in _steps(g_TMCS, z_TMCS):
-        z = z.to(_compute(z))
+        z = z.to(compute_dtype(z.dtype))
         g = z if squares else g.to(z.dtype)
         blocks = -(-M // _rows(z))
         partial = np.zeros((2, z.shape[0], blocks, C))
@@ -53,10 +54,6 @@ def combine(g_TMCS: Tensor, z_TMCS: Tensor, a_RC: Tensor, b_RC: Tensor, c_RC: Te
         _combine(g.to(a_RC.dtype).numpy(), z.to(a_RC.dtype).numpy(), a, b, c, result.numpy(), _rows(z))
         if result is not out:
             out.copy_(result)
-
-
-def _compute(z: Tensor) -> torch.dtype:
-    return torch.float64 if z.dtype == torch.float64 else torch.float32
 
 
 def _steps(*tensors: Tensor):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from spikefit.errors import ShapeError
 from spikefit.ops import dispatch
+from spikefit.ops.dtype import compute_dtype
 from spikefit.ops.norm import reference
 
 
@@ -56,7 +57,7 @@ def channel_norm(
     """
     _check(z, weight)
     x, mean, var = _channel_norm(z, weight, bias, eps, per_step, _choose(z, backend))
-    compute = _compute(z)
+    compute = compute_dtype(z.dtype)
     return x, Moments(mean.detach().to(compute), var.detach().to(compute), z.numel() // mean.numel())
 
 
@@ -150,10 +151,6 @@ def _kernels(backend: str):
     return reference
 
 
-def _compute(z: Tensor) -> torch.dtype:
-    return torch.float64 if z.dtype == torch.float64 else torch.float32
-
-
 def _view(z: Tensor) -> Tensor:
     """[T, B, C, ...] -> [T, M, C, S] without a copy for contiguous and channels-last steps."""
     T, _, C = z.shape[:3]
@@ -186,7 +183,7 @@ def _channel_norm(
     """(x, mean, var); the moments are float64, [T, C] or [1, C]."""
     mean, var = _moments_on(z, per_step, backend)
     scale, shift = scale_and_shift(weight, bias, mean, var, eps)
-    rows, compute = _view(z), _compute(z)
+    rows, compute = _view(z), compute_dtype(z.dtype)
     out = torch.empty_like(rows)
     _kernels(backend).affine(rows, scale.to(compute), shift.to(compute), out)
     return _like(out, z), mean, var
@@ -227,7 +224,7 @@ def _channel_norm_backward(
     g: Tensor, z: Tensor, weight: Tensor, mean: Tensor, var: Tensor, eps: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dz, dweight, dbias)."""
-    kernels, rows, compute = _kernels(backend), _view(z), _compute(z)
+    kernels, rows, compute = _kernels(backend), _view(z), compute_dtype(z.dtype)
     g_rows = _in_order_of(g, z)
     sum_g, sum_gz = kernels.gradient_sums(g_rows, rows)
     if mean.shape[0] == 1:
@@ -259,7 +256,7 @@ _channel_norm.register_autograd(_norm_gradient, setup_context=_save_norm)
 
 @torch.library.custom_op("spikefit::affine", mutates_args=())
 def _affine(z: Tensor, scale_RC: Tensor, shift_RC: Tensor, backend: str) -> Tensor:
-    rows, compute = _view(z), _compute(z)
+    rows, compute = _view(z), compute_dtype(z.dtype)
     out = torch.empty_like(rows)
     _kernels(backend).affine(rows, scale_RC.to(compute), shift_RC.to(compute), out)
     return _like(out, z)
@@ -273,7 +270,7 @@ def _(z, scale_RC, shift_RC, backend):
 @torch.library.custom_op("spikefit::affine_backward", mutates_args=())
 def _affine_backward(g: Tensor, z: Tensor, scale_RC: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """(dz, dscale, dshift)."""
-    kernels, compute = _kernels(backend), _compute(z)
+    kernels, compute = _kernels(backend), compute_dtype(z.dtype)
     g_rows = _in_order_of(g, z)
     out = torch.empty_like(g_rows)
     kernels.affine(g_rows, scale_RC.to(compute), torch.zeros_like(scale_RC, dtype=compute), out)

@@ -8,12 +8,11 @@ import torch
 from numba import prange
 from torch import Tensor
 
+from spikefit.ops.packbits.reference import PATTERN
 from spikefit.ops.threads import use_torch_threads
 
 # Moves eight bytes of 0 or 1 into the eight bits of the highest byte, the first byte into the lowest bit.
 GATHER = np.uint64(0x0102040810204080)
-# The integer type whose bit patterns stand for the values of a type of so many bytes.
-PATTERN = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def pack(values_RC: Tensor, bits: int) -> Tensor:

@@ -7,6 +7,9 @@ any row, and any slice of rows, is a plain slice of the packed tensor.
 import torch
 from torch import Tensor
 
+# The integer type whose numbers are the bit patterns of a type of so many bytes.
+PATTERN = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def pack(values_RC: Tensor, bits: int) -> Tensor:
     """[R, C] uint8 in 0 .. 2**bits - 1 -> [R, P] uint8."""
