@@ -83,6 +83,16 @@ def test_a_mixed_plan_keeps_the_promise_of_the_prediction():
     assert measured <= made.predicted_peak_bytes <= 1.15 * measured
 
 
+def test_a_plan_replaces_whatever_strategy_the_model_had():
+    model, x = create_model("vgg6", **SMALL), sample()
+    made = plan(model, x, None)
+    use_strategy(model, "checkpoint")
+    assert plan(model, x, None).predicted_peak_bytes == made.predicted_peak_bytes
+    assert model.strategy.name == "checkpoint", "planning must leave the model alone"
+    assert report(model, x, made).after.peak_bytes == made.predicted_peak_bytes
+    assert made.apply(model).strategy.name == "lean"
+
+
 def test_plans_save_and_load(tmp_path):
     model, x = create_model("vgg6", **SMALL), sample()
     made = plan(model, x, None)

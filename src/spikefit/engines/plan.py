@@ -62,11 +62,15 @@ class Plan:
     explanation: list[str] = field(default_factory=list)
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Let every unit of `model` keep what the plan says, in place; outputs and `state_dict` stay the same.
+        """Let every unit of `model` keep what the plan says, whatever its strategy was, in place.
+
+        Outputs and `state_dict` stay the same.
 
         Raises:
             PlanError: the plan was made for another model; the differences are listed.
         """
+        from spikefit.engines.strategy import Strategy  # that module reads plans, so it imports this one
+
         found = {name: tuple(unit.synapse.weight.shape) for name, unit in planned_units(model)}
         wanted = {u.name: tuple(u.weight) for u in self.units}
         differences = [
@@ -85,6 +89,8 @@ class Plan:
             if isinstance(module, SpikingUnit):
                 # a current without a neuron is computed by the unit that adds it, and kept as that one says
                 module.keep = keeps.get(name, "all" if set(keeps.values()) == {"all"} else "spikes")
+            elif isinstance(getattr(module, "strategy", None), Strategy):
+                module.strategy = Strategy("lean")  # a network that ran its units under another strategy
         return model
 
     def remove(self, model: nn.Module) -> nn.Module:

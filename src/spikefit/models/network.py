@@ -261,9 +261,8 @@ def use_strategy(model: nn.Module, strategy: str | dict[str, Any] | Strategy | P
             "model from spikefit.SpikingNetwork([...]) or spikefit.create_model(...)."
         )
     if isinstance(strategy, Plan):
-        strategy.apply(model)
-    else:
-        parsed.set_keeps(model)
+        return strategy.apply(model)
+    parsed.set_keeps(model)
     for network in networks:
         network.strategy = parsed
     return model
