@@ -64,7 +64,7 @@ def test_holds_nothing_without_gradients():
 def test_opcheck(backend, learned):
     x, v_0, g, q = (dyadic(*shape, seed=i) for i, shape in enumerate([(3, 2, 5), (2, 5), (3, 2, 5), (2, 5)]))
     coefficients = torch.tensor([0.5, 0.75, 1.0]) if learned else None
-    options = (0.5, 0.75, 1.0, "hard", 0.25, 0.0, False, False, "atan", 2.0, backend)
+    options = (0.5, 0.75, 1.0, "hard", 0.25, 0.0, False, False, "atan", 2.0, None, backend)
     torch.library.opcheck(torch.ops.spikefit.lif_backward, (g, q, x, v_0, coefficients, None, *options, True, learned))
     torch.library.opcheck(torch.ops.spikefit.lif_backward, (g, q, x, v_0, coefficients, g, *options, True, learned))
     inputs = [t if t is None else t.requires_grad_() for t in (x, v_0, coefficients)]

@@ -36,6 +36,12 @@ def _models() -> list[Row]:
     return [{"name": n, "summary": kind.summary, "options": ", ".join(model_options(n))} for n, kind in MODELS.items()]
 
 
+def _presets() -> list[Row]:
+    from spikefit.models.table import PRESETS
+
+    return [{"name": n, "summary": preset.summary} for n, preset in PRESETS.items()]
+
+
 def _strategies() -> list[Row]:
     from spikefit.engines import STRATEGIES
 
@@ -151,6 +157,7 @@ def _recipes() -> list[Row]:
 
 KINDS: dict[str, tuple[str, Any]] = {
     "models": ("networks of the zoo", _models),
+    "presets": ("neuron and norm of published networks", _presets),
     "strategies": ("how gradients are obtained", _strategies),
     "neurons": ("neuron equations", _neurons),
     "norms": ("norms", _norms),

@@ -109,6 +109,7 @@ def show_profile(target: str, result: dict[str, Any]) -> None:
         ["the prediction is", settings["prediction"]],
         ["peak of a step, measured", _or(measured, lambda v: f"{v / MIB:.1f} MiB above weights and input")],
         ["time of a step", _or(seconds, lambda v: f"{1000 * v:.1f} ms (median)")],
+        *_membrane_rows(result),
         ["energy of one inference", _or(energy["snn_pj"], lambda v: f"{v * 1e-6:.2f} uJ")],
         ["energy of its ANN twin", f"{energy['ann_pj'] * 1e-6:.2f} uJ"],
     ]
@@ -116,6 +117,22 @@ def show_profile(target: str, result: dict[str, Any]) -> None:
     print("Energy assumes:")
     for line in energy["assumptions"]:
         print(f"  - {line}")
+
+
+def _membrane_rows(result: dict[str, Any]) -> list[list[str]]:
+    """What the neurons alone hold, in forward and under every strategy."""
+    if result["lif_forward_bytes"] is None:
+        return []
+    rows = [["membranes in forward", f"{result['lif_forward_bytes'] / MIB:.2f} MiB"]]
+    for name, kept in result["lif_backward_kept_bytes"].items():
+        peak = result["lif_backward_peak_bytes"][name]
+        text = (
+            "does not apply"
+            if kept is None
+            else f"{kept / MIB:.2f} MiB kept, {peak / MIB:.2f} MiB with what is rebuilt"
+        )
+        rows.append([f"neurons for backward, {name}", text])
+    return rows
 
 
 def _or(value: Any, form: Any) -> str:

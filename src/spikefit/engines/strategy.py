@@ -7,13 +7,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spikefit.engines import depth
+from spikefit.engines import depth, membranes
 from spikefit.engines.plan import Plan
 from spikefit.errors import StrategyError
 from spikefit.layers import SpikingUnit
+from spikefit.layers.rebuilt import Rebuild
 
-# Runs blocks over a sequence: (blocks, x, state, option) -> (output, state).
-Runner = Callable[[list[nn.Module], Tensor, tuple[Any, ...], str | None], tuple[Tensor, tuple[Any, ...]]]
+# What a network runs one after the other: blocks, and stages whose layers share a membrane.
+Chain = list[Any]
+# Runs a chain over a sequence: (chain, x, state, option) -> (output, state).
+Runner = Callable[[Chain, Tensor, tuple[Any, ...], str | None], tuple[Tensor, tuple[Any, ...]]]
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class StrategyKind:
         run: runs a chain of blocks.
         check: raises StrategyError for an option that makes no sense.
         keep: what a unit keeps under the strategy, for (unit, option); one of `layers.KEEPS`.
+        check_chain: raises StrategyError for (chain, option) that the strategy cannot run, naming the layer.
     """
 
     summary: str
@@ -33,6 +37,7 @@ class StrategyKind:
     run: Runner
     check: Callable[[str | None], None]
     keep: Callable[[SpikingUnit, str | None], str] = lambda unit, option: "all"
+    check_chain: Callable[[Chain, str | None], None] = lambda chain, option: None
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,13 @@ class Strategy:
         """Whether every unit obtains its gradient by itself, so that no network has to run the chain."""
         return STRATEGIES[self.name].run is depth.run_plain
 
-    def run(self, blocks: list[nn.Module], x: Tensor, state: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
-        """Run `blocks` one after the other over the sequence `x`; returns (output, state)."""
-        return STRATEGIES[self.name].run(blocks, x, state, self.option)
+    def run(self, chain: Chain, x: Tensor, state: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
+        """Run `chain` one after the other over the sequence `x`; returns (output, state)."""
+        return STRATEGIES[self.name].run(chain, x, state, self.option)
+
+    def check_chain(self, chain: Chain) -> None:
+        """Raise StrategyError if the strategy cannot run `chain`; the layer and the way out are named."""
+        STRATEGIES[self.name].check_chain(chain, self.option)
 
     def set_keeps(self, model: nn.Module) -> None:
         """Tell every unit of `model` what it keeps for backward.
@@ -73,13 +82,10 @@ class Strategy:
         return self.name if self.option is None else f"{self.name}:{self.option}"
 
 
-def _no_option(option: str | None) -> None:
-    if option is not None:
-        raise StrategyError(f"strategy bptt: takes no option, got {option!r}; write strategy=bptt.")
-
-
 STRATEGIES: dict[str, StrategyKind] = {
-    "bptt": StrategyKind("keep it: plain autograd holds every state", True, depth.run_plain, _no_option),
+    "bptt": StrategyKind(
+        "keep it: plain autograd holds every state", True, depth.run_plain, membranes.no_option("bptt")
+    ),
     "lean": StrategyKind(
         "pack it: spikes as bits, the rest rebuilt in backward; option: what a unit keeps beside them, "
         "input | spikes | auto, or a saved plan (default: auto)",
@@ -87,6 +93,7 @@ STRATEGIES: dict[str, StrategyKind] = {
         depth.run_plain,
         depth.check_keep,
         depth.keep_of,
+        lambda chain, option: membranes.check_unshared(chain),
     ),
     "checkpoint": StrategyKind(
         "recompute it: keep the input of every run of units; option: units per run (default: square root of all)",
@@ -94,11 +101,33 @@ STRATEGIES: dict[str, StrategyKind] = {
         depth.run_checkpointed,
         depth.check_run_length,
     ),
+    "replay": StrategyKind(
+        "recompute it: keep spikes as bits, run weights and membranes forward again; for shared membranes too",
+        True,
+        membranes.run_replay,
+        membranes.no_option("replay"),
+        check_chain=lambda chain, option: membranes.check_rebuilt(chain, Rebuild("replay")),
+    ),
+    "inverse": StrategyKind(
+        "invert it: keep spikes as bits and some membranes, run membranes backwards; option: calls between two kept "
+        "membranes (default: as many as are safe), and the accepted error of u, 6 or 6,0.01 (default: 0.001)",
+        False,
+        membranes.run_inverse,
+        membranes.check_inverse,
+        check_chain=lambda chain, option: membranes.check_rebuilt(chain, membranes.read_inverse(option)),
+    ),
+    "integer": StrategyKind(
+        "invert it to the bit: keep spikes and the digits that a call loses, for neurons on a grid (frac_bits)",
+        True,
+        membranes.run_integer,
+        membranes.no_option("integer"),
+        check_chain=lambda chain, option: membranes.check_rebuilt(chain, Rebuild("integer")),
+    ),
 }
 
 
-# What the option is called where a strategy is written as a table.
-OPTION_NAMES = {"lean": "keep", "checkpoint": "every"}
+# What the options are called where a strategy is written as a table, in the order in which a text has them.
+OPTION_NAMES = {"lean": ("keep",), "checkpoint": ("every",), "inverse": ("anchor_every", "tol")}
 
 
 def parse_strategy(text: "str | dict[str, Any] | Strategy") -> Strategy:
@@ -111,10 +140,12 @@ def parse_strategy(text: "str | dict[str, Any] | Strategy") -> Strategy:
         return text
     if isinstance(text, dict):
         rest = {k: v for k, v in text.items() if k != "name"}
-        key = OPTION_NAMES.get(text.get("name", ""), "option")
-        if set(rest) - {key} or "name" not in text:
-            raise StrategyError(f"strategy: expected {{ name = ..., {key} = ... }}, got {text}.")
-        text = text["name"] if not rest else f"{text['name']}:{rest[key]}"
+        keys = OPTION_NAMES.get(text.get("name", ""), ("option",))
+        # an option can be left out only with those behind it
+        if set(rest) != set(keys[: len(rest)]) or "name" not in text:
+            wanted = ", ".join(f"{key} = ..." for key in keys)
+            raise StrategyError(f"strategy: expected {{ name = ..., {wanted} }}, got {text}.")
+        text = text["name"] if not rest else f"{text['name']}:{','.join(str(rest[key]) for key in keys if key in rest)}"
     if not isinstance(text, str):
         raise StrategyError(f"strategy: expected a text such as 'lean:spikes', a table or a Strategy, got {text!r}.")
     name, _, option = text.partition(":")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from spikefit.errors import StateError
 from spikefit.layers.packed import Spikes
-from spikefit.layers.unit import SpikingConv2d, SpikingUnit
+from spikefit.layers.unit import Layer, SpikingConv2d, SpikingUnit
 
 
 class ResidualBlock(nn.Module):
@@ -65,6 +65,10 @@ class ResidualBlock(nn.Module):
         shortcut = x if self.short is None else self.short(x, packed=packed)[0]
         out, v_second = self.second(y, v_second, shortcut=shortcut, packed=packed)
         return out, (v_first, v_second)
+
+    def spiking_layers(self) -> list[Layer]:
+        """The two layers of neurons."""
+        return [Layer(self.first, 0), Layer(self.second, 1, shortcut=0, short=self.short)]
 
     def init_state(
         self, batch_size: int, shape: tuple[int, ...], *, device: Any = None, dtype: torch.dtype = torch.float32

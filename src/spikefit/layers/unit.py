@@ -1,7 +1,7 @@
 """The unit: weight -> norm -> neuron (-> pool), the stretch of a network that one strategy choice applies to."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -114,13 +114,22 @@ class SpikingUnit(nn.Module):
             return spikes if packed else spikes.dense(), v_T
         if self.keep != "all" and packed:
             return LaterCurrent(self, x), None
-        current = self._current(dense(x))
-        if shortcut is not None:
-            current = current + (shortcut.dense() if isinstance(shortcut, LaterCurrent) else dense(shortcut))
+        current = self.current(x, shortcut)
         if self.neuron is None:
             return current, None
         spikes, v_T = self.neuron(current, v_0)
         return pool_spikes(spikes, self.pool), v_T
+
+    def current(self, x: Spikes, shortcut: "Spikes | LaterCurrent | None" = None) -> Tensor:
+        """norm(W * x) + shortcut, [T, B, C_out, ...], by plain autograd: what the neuron gets."""
+        current = self._current(dense(x))
+        if shortcut is None:
+            return current
+        return current + (shortcut.dense() if isinstance(shortcut, LaterCurrent) else dense(shortcut))
+
+    def spiking_layers(self) -> "list[Layer]":
+        """The unit as the layers of neurons it consists of."""
+        return [] if self.neuron is None else [Layer(self, 0)]
 
     def _check_channels(self, x: Tensor) -> None:
         check_input(self.synapse, x, who=type(self).__name__)
@@ -145,6 +154,11 @@ class SpikingUnit(nn.Module):
             raise StrategyError(
                 f"{type(neuron).__name__} has a forward of its own, which a lean unit cannot rebuild; use "
                 "strategy='bptt' or 'checkpoint', or keep='all' for this unit."
+            )
+        if neuron.groups > 1:
+            raise StrategyError(
+                f"{type(self).__name__}: a lean unit cannot rebuild a membrane that {neuron.groups} groups of channels "
+                "share; use strategy='replay', which keeps bits as well, or 'bptt'."
             )
         if isinstance(shortcut, LaterCurrent):
             units, inputs, shortcut = [self, shortcut.unit], [x, shortcut.x], None
@@ -190,7 +204,8 @@ class SpikingUnit(nn.Module):
         out = pool_spikes(torch.empty((1, 1, *membrane), device="meta"), self.pool).shape[2:]
         if self.neuron is None:
             return None, tuple(out)
-        return torch.zeros((batch_size, *membrane), device=device, dtype=dtype), tuple(out)
+        state = self.neuron.state_shape(membrane)
+        return torch.zeros((batch_size, *state), device=device, dtype=dtype), tuple(out)
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of one sample of the current, for input samples of `shape`."""
@@ -367,6 +382,28 @@ class SpikingLinear(SpikingUnit):
 def _time_as_length(x: Tensor) -> Tensor:
     """[T, B, C] -> [1, B, C, T]."""
     return x.permute(1, 2, 0).unsqueeze(0)
+
+
+class Layer(NamedTuple):
+    """One layer of neurons in a block: which unit fires, on what.
+
+    Attributes:
+        unit: weight, norm, neuron and pool.
+        source: what the weight reads, 0 for the input of the block, k for the output of its k-th layer.
+        shortcut: what is added to the current, counted the same way; None for nothing.
+        short: unit without a neuron that the shortcut goes through; None adds it as it is.
+    """
+
+    unit: SpikingUnit
+    source: int
+    shortcut: int | None = None
+    short: SpikingUnit | None = None
+
+    def current(self, source: Tensor, shortcut: Tensor | None) -> Tensor:
+        """What the neurons get, [T, B, C, ...], of the dense sequences that the layer reads."""
+        if shortcut is not None and self.short is not None:
+            shortcut = self.short.current(shortcut)
+        return self.unit.current(source, shortcut)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from spikefit.engines.plan import Plan
 from spikefit.engines.strategy import Strategy, parse_strategy
 from spikefit.errors import OptionError, ShapeError, StateError, StrategyError
 from spikefit.layers import SpikingUnit
+from spikefit.layers.shared import SharedStage, check_groups, check_share
 from spikefit.layers.weight import check_floating
 from spikefit.models.checks import check_count
 from spikefit.ops.dtype import compute_dtype
@@ -28,10 +29,15 @@ class SpikingNetwork(nn.Module):
         blocks: the chain, in the order the data flows.
         input_shape: shape of one input sample without time and batch, (C, H, W) or (C,).
         timesteps: fixed length of the sequence, needed (and allowed) only if a block consumes time.
+        share: which layers use one membrane: "none", "layer" (those of a stage, in turn), "channel" (groups of channels
+            of a layer, in turn) or "layer_channel".
+        groups: number of groups for the two with channels, a divisor of every layer's channels; else 1.
+        stages: for the two with layers, (first, last) numbers of the blocks of every stage; the others stand alone.
         strategy: how gradients are obtained; see `use_strategy`.
 
     Raises:
-        OptionError: no block, or a block consumes time and `timesteps` is missing.
+        OptionError: no block, a block consumes time and `timesteps` is missing, or membranes that cannot be shared as
+            asked; the layer is named.
 
     Example:
         blocks = [SpikingConv2d(3, 32, pool="max"), GlobalAveragePool(), Readout(32, 10)]
@@ -45,14 +51,16 @@ class SpikingNetwork(nn.Module):
         *,
         input_shape: tuple[int, ...],
         timesteps: int | None = None,
+        share: str = "none",
+        groups: int = 1,
+        stages: Iterable[tuple[int, int]] = (),
         strategy: str | Strategy = "bptt",
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.input_shape = tuple(input_shape)
         self.timesteps = timesteps
-        self.strategy = parse_strategy(strategy)
-        self.strategy.set_keeps(self)
+        self.strategy = Strategy()
         if not self.blocks:
             raise OptionError("SpikingNetwork: expected at least one block, got none.")
         consumers = self.time_consumers()
@@ -62,6 +70,47 @@ class SpikingNetwork(nn.Module):
             )
         if timesteps is not None and not consumers:
             raise OptionError("SpikingNetwork: timesteps is fixed only where a block consumes time; leave it out.")
+        self._share(share, groups, list(stages))
+        use_strategy(self, strategy)
+
+    @property
+    def chain(self) -> list[Any]:
+        """What runs one after the other: the blocks, and stages in the place of those that share a membrane."""
+        made: list[Any] = list(self.blocks)
+        for first, last in reversed(self.stages):
+            name = f"blocks.{first}" if first == last else f"blocks.{first}-{last}"
+            made[first : last + 1] = [SharedStage(made[first : last + 1], name=name)]
+        return made
+
+    def _share(self, share: str, groups: int, stages: list[tuple[int, int]]) -> None:
+        """Let layers and groups of channels use one membrane, and check that they can."""
+        who = type(self).__name__
+        check_share(who, share, groups)
+        self.share, self.groups = share, groups
+        self.stages = stages if share in ("layer", "layer_channel") else []
+        if share == "none":
+            return
+        if share != "channel" and not stages:
+            raise OptionError(
+                f"{who}: share={share!r} needs stages of layers of one shape, and there are none here; use "
+                "share='channel', or give stages=[(first, last), ...]."
+            )
+        for name, unit in self.named_modules():
+            if isinstance(unit, SpikingUnit) and unit.neuron is not None:
+                check_groups(name, unit, groups)
+                unit.neuron.groups = groups
+        if self.stages and self.sequence_norms():
+            raise OptionError(
+                f"{who}: share={share!r} runs step by step, and {self.sequence_norms()[0]} normalises over the whole "
+                "sequence; use norm='step_bn' ('ws', 'none'), or share='channel'."
+            )
+        if self.stages and self.time_consumers():
+            raise OptionError(
+                f"{who}: share={share!r} runs step by step, and {self.time_consumers()[0]} needs the whole sequence; "
+                "use share='channel'."
+            )
+        if self.stages:
+            self.init_state(1, device="meta")  # complains about stages whose layers differ in shape
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of every step, from zero state.
@@ -76,7 +125,8 @@ class SpikingNetwork(nn.Module):
             ShapeError: no time axis, T = 0, another number of channels, or sides that do not pass the network.
         """
         self._check(x)
-        logits, _ = self.strategy.run(list(self.blocks), x, (None,) * len(self.blocks))
+        chain = self.chain
+        logits, _ = self.strategy.run(chain, x, (None,) * len(chain))
         return logits
 
     def run(self, x: Tensor, state: State) -> tuple[Tensor, State]:
@@ -96,7 +146,7 @@ class SpikingNetwork(nn.Module):
         self._check_pieces()
         self._check_state(state)
         try:
-            return self.strategy.run(list(self.blocks), x, state)
+            return self.strategy.run(self.chain, x, state)
         except StateError as error:
             raise StateError(
                 f"{type(self).__name__}: the state is not one of {x.shape[1]} samples of {tuple(x.shape[2:])}. {error} "
@@ -160,7 +210,7 @@ class SpikingNetwork(nn.Module):
         if dtype is None:
             dtype = compute_dtype(like.dtype)
         sample, state = shape, []
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.chain):
             try:
                 s, shape = cast(Any, block).init_state(batch_size, shape, device=device, dtype=dtype)
             except ShapeError as error:
@@ -168,7 +218,7 @@ class SpikingNetwork(nn.Module):
                 fact = str(error).partition(". ")[0]
                 raise ShapeError(
                     f"{type(self).__name__}: expected samples of {self.input_shape}, or of sides that pass all blocks, "
-                    f"got {sample}, which do not pass blocks.{i} ({fact}). "
+                    f"got {sample}, which do not pass {getattr(block, 'name', f'blocks.{i}')} ({fact}). "
                     f"Resize them, or create the model with input_shape={sample}."
                 ) from None
             state.append(s)
@@ -225,7 +275,7 @@ class SpikingNetwork(nn.Module):
             )
 
     def _check_state(self, state: State) -> None:
-        expected = 1 if self.timesteps is not None else len(self.blocks)
+        expected = 1 if self.timesteps is not None else len(self.chain)
         if not isinstance(state, tuple) or len(state) != expected:
             got = f"{len(state)} entries" if isinstance(state, tuple) else type(state).__name__
             raise StateError(
@@ -246,7 +296,8 @@ def use_strategy(model: nn.Module, strategy: str | dict[str, Any] | Strategy | P
         `model` itself.
 
     Raises:
-        StrategyError: unknown name or option, or nothing in `model` that the strategy could act on.
+        StrategyError: unknown name or option, or nothing in `model` that the strategy could act on, or a layer that it
+            cannot rebuild, which is named.
         PlanError: the plan was made for another model.
 
     Example:
@@ -260,6 +311,8 @@ def use_strategy(model: nn.Module, strategy: str | dict[str, Any] | Strategy | P
             f"use_strategy: {type(model).__name__} contains no SpikingNetwork, which {parsed.name} needs; build the "
             "model from spikefit.SpikingNetwork([...]) or spikefit.create_model(...)."
         )
+    for network in networks:
+        parsed.check_chain(network.chain)
     if isinstance(strategy, Plan):
         return strategy.apply(model)
     parsed.set_keeps(model)

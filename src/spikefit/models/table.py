@@ -35,18 +35,58 @@ MODELS: dict[str, ModelKind] = {
 }
 
 
-def create_model(name: str, **options: Any) -> SpikingNetwork:
+@dataclass(frozen=True)
+class Preset:
+    """Neuron and norm of a published network, and where they stand."""
+
+    neuron: dict[str, Any]
+    norm: str
+    summary: str
+
+
+PRESETS: dict[str, Preset] = {
+    "efficientlif": Preset(
+        {
+            "name": "lif",
+            "tau": 4 / 3,
+            "decay_input": True,
+            "v_threshold": 1.0,
+            "v_reset": "soft",
+            "detach_reset": True,
+            "surrogate": "atan(2)",
+        },
+        "step_bn",
+        "leak 0.25, gain 0.75, batch norm per step: release of EfficientLIF-Net (Kim et al. 2023, arXiv:2305.18360)",
+    ),
+}
+
+
+def preset_of(name: str) -> Preset:
+    """The preset called `name`.
+
+    Raises:
+        OptionError: there is none; near names are listed.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=2, cutoff=0.3)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise OptionError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}.{hint}")
+    return PRESETS[name]
+
+
+def create_model(name: str, *, preset: str | None = None, **options: Any) -> SpikingNetwork:
     """Make a model of the zoo.
 
     Args:
         name: a key of `MODELS`; `spikefit list models` shows them.
+        preset: a key of `PRESETS`, whose neuron and norm the model gets where `options` have none.
         **options: those of the model, such as num_classes, input_shape, norm, neuron; `strategy` as in `use_strategy`.
 
     Returns:
         SpikingNetwork, [T, B, *input_shape] -> logits [T, B, K].
 
     Raises:
-        OptionError: unknown model or option; near names are listed.
+        OptionError: unknown model, preset or option; near names are listed.
 
     Example:
         model = create_model("vgg9", num_classes=10, neuron={"name": "lif", "tau": 2.0}, norm="step_bn")
@@ -56,6 +96,9 @@ def create_model(name: str, **options: Any) -> SpikingNetwork:
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise OptionError(f"create_model: expected one of {', '.join(MODELS)}, got {name!r}.{hint}")
     strategy = options.pop("strategy", "bptt")
+    if preset is not None:
+        chosen = preset_of(preset)
+        options = {"neuron": chosen.neuron, "norm": chosen.norm, **options}
     known = model_options(name)
     unknown = sorted(set(options) - set(known))
     if unknown:

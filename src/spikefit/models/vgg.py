@@ -6,6 +6,7 @@ from torch import nn
 
 from spikefit.errors import OptionError
 from spikefit.layers import Flatten, GlobalAveragePool, Readout, SpikingConv2d, SpikingLinear
+from spikefit.layers.shared import default_norm
 from spikefit.models.checks import check_input_shape, check_width
 from spikefit.models.network import SpikingNetwork
 
@@ -29,8 +30,11 @@ def vgg(
     input_shape: tuple[int, int, int] = (3, 32, 32),
     widths: str | None = None,
     width: float = 1.0,
-    norm: str = "bn",
+    norm: str | None = None,
     neuron: str | dict[str, Any] = "lif",
+    share: str = "none",
+    groups: int = 1,
+    merge_first: bool = False,
     pool: str = "max",
     head_tau: float | None = None,
     chunk: int | None = None,
@@ -43,7 +47,11 @@ def vgg(
         input_shape: (C, H, W).
         widths: another set of widths; vgg16 has "base", that of the unshared baseline of EfficientLIF-Net.
         width: factor on all widths.
-        norm, neuron, chunk: as in `SpikingConv2d`.
+        norm: as in `SpikingConv2d`; None for "bn", or "step_bn" where layers share a membrane.
+        neuron, chunk: as in `SpikingConv2d`.
+        share, groups: which layers and channels use one membrane, as in `SpikingNetwork`; the stages are the first
+            unit, and then the units between two pools, cut where the width changes.
+        merge_first: let the first unit share with those behind it too.
         pool: "max" or "avg".
         head_tau: time constant of a leaky read-out; None reads the logits of every step directly.
 
@@ -68,13 +76,18 @@ def vgg(
         raise OptionError(
             f"{plan}: {pools} pools need images of at least {2**pools} pixels a side, got {height}x{side}."
         )
-    options: dict[str, Any] = {"norm": norm, "neuron": neuron, "chunk": chunk}
+    if merge_first and share not in ("layer", "layer_channel"):
+        raise OptionError(f"{plan}: merge_first joins stages of share='layer' or 'layer_channel', got share={share!r}.")
+    options: dict[str, Any] = {"norm": norm or default_norm(share), "neuron": neuron, "chunk": chunk}
     blocks: list[nn.Module] = []
+    stages: list[tuple[int, int]] = []
     for i, entry in enumerate(convolutions):
         if entry == "pool":
             continue
         out = max(1, round(int(entry) * width))
         pooled = convolutions[i + 1 : i + 2] == ("pool",)
+        alone = i == 0 or convolutions[i - 1] == "pool" or out != channels or (i == 1 and not merge_first)
+        stages = [*stages, (len(blocks), len(blocks))] if alone else [*stages[:-1], (stages[-1][0], len(blocks))]
         blocks.append(SpikingConv2d(channels, out, pool=pool if pooled else None, **options))
         channels = out
     if hidden:
@@ -82,12 +95,13 @@ def vgg(
         channels *= (height // 2**pools) * (side // 2**pools)
         for entry in hidden:
             out = max(1, round(entry * width))
+            stages.append((len(blocks), len(blocks)))
             blocks.append(SpikingLinear(channels, out, **options))
             channels = out
     else:
         blocks.append(GlobalAveragePool())
     blocks.append(Readout(channels, num_classes, tau=head_tau))
-    return _initialised(SpikingNetwork(blocks, input_shape=shape))
+    return _initialised(SpikingNetwork(blocks, input_shape=shape, share=share, groups=groups, stages=stages))
 
 
 def _initialised(network: SpikingNetwork) -> SpikingNetwork:

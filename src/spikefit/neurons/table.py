@@ -42,4 +42,4 @@ def neuron_options(cls: Callable[..., nn.Module]) -> set[str]:
     names: set[str] = set()
     for base in (cls, SpikingNeuron):
         names |= {p.name for p in inspect.signature(base).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    return names
+    return names - {"groups"}  # a matter of the network that shares membranes

@@ -48,6 +48,15 @@ class Operations:
     rate: float | None
     synops_exact: float | None = None
 
+    def __add__(self, later: "Operations") -> "Operations":
+        """Those of a sequence whose first steps are here and whose others are `later`."""
+        steps = self.steps + later.steps
+        both = self.rate is not None and later.rate is not None
+        rate = (self.rate * self.steps + later.rate * later.steps) / steps if both else None  # type: ignore[operator]
+        known = self.synops_exact is not None and later.synops_exact is not None
+        exact = self.synops_exact + later.synops_exact if known else None  # type: ignore[operator]
+        return Operations(self.macs, steps, self.binary and later.binary, rate, exact)
+
     @property
     def synops(self) -> float | None:
         """Accumulates per sample and sequence, MACs * T * rate; None for analog input or if it was not run."""

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from spikefit.errors import SpikefitError
 from spikefit.layers import BatchNorm, Readout, SpikingUnit
 from spikefit.layers.packed import PackedSpikes
+from spikefit.layers.rebuilt import REBUILDS
 from spikefit.neurons import LeakyReadout, SpikingNeuron
 from spikefit.ops.fire.reference import SCRATCH
 from spikefit.planning.target import LossFunction, mean_cross_entropy, with_targets
@@ -36,7 +37,7 @@ PIECES = 12
 PROMISED_FROM = 1 << 24
 
 # Kept bytes by what keeps them; "segment" is the input of a checkpointed run of units.
-CATEGORIES = ("packed spikes", "weight input", "norm input", "neuron input", "pool", "segment", "other")
+CATEGORIES = ("packed spikes", "membranes", "weight input", "norm input", "neuron input", "pool", "segment", "other")
 
 
 @dataclass
@@ -73,6 +74,7 @@ class _Watch:
         self.seen: set[int] = set()
         self.inputs: set[int] = set()
         self.keep: list[Any] = []
+        self.given: list[Tensor] = []
         self.parameters = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
         self.handles = []
         for name, module in model.named_modules():
@@ -81,6 +83,9 @@ class _Watch:
 
     def _enter(self, name: str):
         def enter(module, inputs):
+            if not self.stack:
+                # held by the caller, so that no later storage takes its place
+                self.given = [t for t in inputs if isinstance(t, Tensor)]
             self.stack.append((name, module))
             self.inputs.update(t.untyped_storage()._cdata for t in inputs if isinstance(t, Tensor))
 
@@ -123,7 +128,18 @@ class _Watch:
             if len(self.stack) > 1:
                 return name, "other"
             break
-        return "(network)", "segment" if self.stack else "other"
+        return "(network)", self._category_of_chain(t) if self.stack else "other"
+
+    def _category_of_chain(self, t: Tensor) -> str:
+        """What a strategy saves that runs several blocks as one."""
+        if t.dtype == torch.uint8:
+            return "packed spikes"
+        strategy = getattr(self.stack[0][1], "strategy", None)
+        given = {x.untyped_storage()._cdata for x in self.given}
+        if strategy is None or strategy.name not in REBUILDS or t.untyped_storage()._cdata in given:
+            return "segment"
+        # sequences that are only a place in the graph share one value
+        return "other" if t.untyped_storage().nbytes() == t.element_size() else "membranes"
 
     def close(self) -> None:
         for handle in self.handles:

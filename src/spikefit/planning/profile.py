@@ -16,8 +16,10 @@ from spikefit.models import SpikingNetwork, use_strategy
 from spikefit.models.network import plain_bptt
 from spikefit.neurons import SpikingNeuron
 from spikefit.ops.dispatch import installed, resolve, use_backend
+from spikefit.ops.dtype import compute_dtype
 from spikefit.planning.energy import Operations, energy_report, macs_of, operations
 from spikefit.planning.measured import cuda_peak_bytes, measured_peak_bytes, measured_peak_bytes_of
+from spikefit.planning.membranes import Currents, membrane_bytes, watched_currents
 from spikefit.planning.memory import SavedBytes, predicted_bytes, reliability
 from spikefit.planning.target import (
     LossFunction,
@@ -67,6 +69,8 @@ class Profile:
         step_seconds: median time of a step; None if only predicted.
         layers: one row per layer.
         energy: see `energy_report`.
+        lif_forward_bytes, lif_backward_kept_bytes, lif_backward_peak_bytes: what neurons alone hold, the last two by
+            strategy; see `MembraneBytes`. None and empty for a model that is no `SpikingNetwork`.
         categories: bytes of weights, gradients, buffers, input, and of what is held for backward by category.
         settings: T, batch, dtype, reset, strategy, backend (as asked for), threads, versions: what belongs beside every
             ratio.
@@ -78,6 +82,9 @@ class Profile:
     step_seconds: float | None
     layers: list[LayerProfile]
     energy: dict[str, Any]
+    lif_forward_bytes: int | None
+    lif_backward_kept_bytes: dict[str, int | None]
+    lif_backward_peak_bytes: dict[str, int | None]
     categories: dict[str, int]
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -157,7 +164,9 @@ def _profile(step: Step, target: Target | None, predict_only: bool, repeats: int
     module, x, y, loss, autocast = step.model, step.x, step.y, step.loss, step.autocast
     with in_training(module):
         predicted = predicted_bytes(module, x, y, loss=loss, autocast=autocast, device=step.device)
-        counted = _shapes(module, x, autocast)
+        counted, currents = _shapes(module, x, autocast)
+        dtype = compute_dtype(next((p.dtype for p in module.parameters()), torch.float32))
+        membranes = membrane_bytes(module, currents, dtype) if isinstance(module, SpikingNetwork) else None
         rates: dict[str, float] = {}
         seconds = peak = None
         if not predict_only:
@@ -176,6 +185,9 @@ def _profile(step: Step, target: Target | None, predict_only: bool, repeats: int
         step_seconds=seconds,
         layers=_rows(module, predicted.saved, counted, rates),
         energy=energy_report(list(counted.values())),
+        lif_forward_bytes=None if membranes is None else membranes.forward,
+        lif_backward_kept_bytes={} if membranes is None else membranes.kept,
+        lif_backward_peak_bytes={} if membranes is None else membranes.peak,
         categories=_categories(module, x, predicted.saved),
         settings={
             **_settings(module, x, autocast),
@@ -266,31 +278,40 @@ def _as_operations(layer: SpikingUnit | Readout, x: Tensor) -> Operations:
     return operations(_synapse(layer), sequence.detach(), _output_shape(layer, x))
 
 
-def _shapes(module: nn.Module, x: Tensor, autocast: bool) -> dict[str, Operations]:
-    """Operations from shapes alone."""
+def _shapes(module: nn.Module, x: Tensor, autocast: bool) -> tuple[dict[str, Operations], Currents]:
+    """Operations and what the neurons get, from shapes alone."""
     counted: dict[str, Operations] = {}
+    currents: Currents = {}
 
     def note(name: str, layer: SpikingUnit | Readout, x: Tensor) -> None:
         once = _over_time(layer) or (x.shape[0] > 1 and x.stride(0) == 0)
         macs = macs_of(_synapse(layer), _output_shape(layer, x))
-        counted[name] = Operations(macs, 1 if once else x.shape[0], False, None)
+        _count(counted, name, Operations(macs, 1 if once else x.shape[0], False, None))
 
-    with _Inputs(module, note):
+    # units that rebuild what they need do not call their neurons
+    with _Inputs(module, note), watched_currents(module, currents), plain_bptt(module):
         predicted_bytes(module, *with_targets(x), loss=lambda logits, _: logits.sum(), autocast=autocast)
-    return counted
+    return counted, currents
+
+
+def _count(counted: dict[str, Operations], name: str, made: Operations) -> None:
+    """Add a call of a layer: a stage that shares a membrane calls it step by step."""
+    counted[name] = made if name not in counted else counted[name] + made
 
 
 def _observe(module: nn.Module, x: Tensor, autocast: bool) -> tuple[dict[str, Operations], dict[str, float]]:
     """Operations and spike rates of one real forward; buffers are put back."""
     counted: dict[str, Operations] = {}
-    rates: dict[str, float] = {}
     buffers = {name: b.clone() for name, b in module.named_buffers()}
+    fired: dict[str, list[Tensor]] = {}
     handles = [
-        m.register_forward_hook(lambda m, _, out, n=name: rates.__setitem__(n, float(out[0].detach().float().mean())))
+        m.register_forward_hook(
+            lambda m, _, out, n=name: fired.setdefault(n, []).append(out[0].detach().float().mean())
+        )
         for name, m in module.named_modules()
         if isinstance(m, SpikingNeuron)
     ]
-    with _Inputs(module, lambda name, layer, x: counted.__setitem__(name, _as_operations(layer, x))), torch.no_grad():
+    with _Inputs(module, lambda name, layer, x: _count(counted, name, _as_operations(layer, x))), torch.no_grad():
         # the forward does not depend on the strategy, but units that pack do not call their neurons
         with plain_bptt(module), torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
             module(x)
@@ -298,6 +319,7 @@ def _observe(module: nn.Module, x: Tensor, autocast: bool) -> tuple[dict[str, Op
             b.copy_(buffers[name])
     for handle in handles:
         handle.remove()
+    rates = {name: float(torch.stack(calls).mean()) for name, calls in fired.items()}
     return counted, rates
 
 

@@ -263,7 +263,8 @@ def has_batch_statistics(model: nn.Module) -> bool:
 
 def _model_options(recipe: Recipe, dataset: Dataset | None) -> dict[str, Any]:
     options = recipe.model.options()
-    options["norm"] = recipe.norm.name
+    if recipe.norm.name is not None:
+        options["norm"] = recipe.norm.name
     options["neuron"] = {"name": recipe.neuron.name, **recipe.neuron.options()}
     wants_timesteps = _wants_timesteps(recipe)
     if wants_timesteps and recipe.encoding.timesteps is not None:

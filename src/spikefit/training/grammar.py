@@ -14,6 +14,7 @@ from spikefit.encoding import ENCODINGS
 from spikefit.errors import RecipeError
 from spikefit.losses import LOSSES
 from spikefit.models import MODELS
+from spikefit.models.table import preset_of
 from spikefit.neurons import NEURONS
 from spikefit.neurons.table import neuron_options
 from spikefit.training.options import annotations, unknown_key
@@ -39,7 +40,12 @@ def apply_changes(recipe: Recipe, changes: Mapping[str, Any]) -> dict[str, Any]:
     values = recipe.to_dict()
     rest: dict[str, Any] = {}
     given: dict[tuple[str, str], str] = {}
+    if "preset" in changes:
+        preset = preset_of(str(changes["preset"]))
+        values |= {"neuron": dict(preset.neuron), "norm": {"name": preset.norm}}
     for key, value in changes.items():
+        if key == "preset":
+            continue
         section, _, field = (f"{key}.name" if key in NAMED else key).partition(".")
         if field == "name" and section in NAMED:
             _once(given, (section, field), key)
@@ -80,7 +86,7 @@ def locate(key: str, values: Mapping[str, Any]) -> tuple[str, str]:
     if ":" in values["model"].get("name", ""):
         # a factory of the user's own: whatever no section knows is an option of it
         return "model", dotted
-    raise RecipeError(f"recipe: {unknown_key(key, sorted({*known, *ALIASES, *NAMED}))}")
+    raise RecipeError(f"recipe: {unknown_key(key, sorted({*known, *ALIASES, *NAMED, 'preset'}))}")
 
 
 def known_keys(values: Mapping[str, Any]) -> dict[str, str]:

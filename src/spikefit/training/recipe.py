@@ -15,6 +15,7 @@ from spikefit.errors import OptionError, RecipeError
 from spikefit.layers import NORMS
 from spikefit.losses import LOSSES, create_loss
 from spikefit.models import MODELS
+from spikefit.models.table import preset_of
 from spikefit.neurons import create_neuron
 from spikefit.training.options import annotations, check_options, check_types, describe, near, unknown_key
 
@@ -115,6 +116,7 @@ class NeuronSection(Section):
     v_rest: float | None = None
     reset: bool = True
     strict: bool = False
+    frac_bits: int | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -131,9 +133,9 @@ class NeuronSection(Section):
 
 
 class NormSection(Section):
-    """The norm of every unit."""
+    """The norm of every unit; without a name that of the model, "bn", or "step_bn" where layers share a membrane."""
 
-    name: Literal[NORMS] = "bn"  # type: ignore[valid-type]
+    name: Literal[NORMS] | None = None  # type: ignore[valid-type]
 
 
 class StrategySection(OpenSection):
@@ -217,6 +219,17 @@ class Recipe(BaseModel):
         "loss",
         "train",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, values: Any) -> Any:
+        """Write what `model.preset` stands for into the sections that the recipe leaves out."""
+        model = values.get("model") if isinstance(values, dict) else None
+        if not isinstance(model, dict) or "preset" not in model:
+            return values
+        preset = preset_of(model["preset"])
+        rest = {k: v for k, v in model.items() if k != "preset"}
+        return {"neuron": preset.neuron, "norm": preset.norm, **values, "model": rest}
 
     status: str = "untested"
     seed: Annotated[int, Field(ge=0)] = 0

@@ -140,6 +140,7 @@ def _fire(
     detach_reset: bool,
     surrogate: str,
     parameter: float,
+    frac_bits: int | None,
     images: int,
     height: int,
     width: int,
@@ -148,7 +149,7 @@ def _fire(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     current, grid = Current(list(zs), list(scales), list(shifts), extra, spikes), Grid(images, height, width, pool)
-    equation = unflat(reset, v_reset, v_rest, strict, detach_reset, surrogate, parameter)
+    equation = unflat(reset, v_reset, v_rest, strict, detach_reset, surrogate, parameter, frac_bits)
     bits, v_T = _results(zs[0], timesteps)
     constants = (leak, gain, v_threshold)
     if backend == "fused":
@@ -194,6 +195,7 @@ def _fire_sums(
     detach_reset: bool,
     surrogate: str,
     parameter: float,
+    frac_bits: int | None,
     images: int,
     height: int,
     width: int,
@@ -201,7 +203,7 @@ def _fire_sums(
     backend: str,
 ) -> Tensor:
     current, grid = Current(list(zs), list(scales), list(shifts), extra, spikes), Grid(images, height, width, pool)
-    equation = unflat(reset, v_reset, v_rest, strict, detach_reset, surrogate, parameter)
+    equation = unflat(reset, v_reset, v_rest, strict, detach_reset, surrogate, parameter, frac_bits)
     dynamics = Dynamics(equation, (leak, gain, v_threshold), learned)
     return _backward(g, q, current, v_0, bits, grid, dynamics, backend)[0]
 
@@ -234,6 +236,7 @@ def _fire_gradient(
     detach_reset: bool,
     surrogate: str,
     parameter: float,
+    frac_bits: int | None,
     images: int,
     height: int,
     width: int,
@@ -245,7 +248,7 @@ def _fire_gradient(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     current, grid = Current(list(zs), list(scales), list(shifts), extra, spikes), Grid(images, height, width, pool)
-    equation = unflat(reset, v_reset, v_rest, strict, detach_reset, surrogate, parameter)
+    equation = unflat(reset, v_reset, v_rest, strict, detach_reset, surrogate, parameter, frac_bits)
     dynamics = Dynamics(equation, (leak, gain, v_threshold), learned)
     dx, dv_0, _ = _gradients(zs[0], bits.shape[0], want_current, want_state)
     _, d_3 = _backward(

@@ -22,6 +22,8 @@ class Equation:
         strict: fire on u > theta instead of u >= theta.
         detach_reset: no gradient through the s inside the reset.
         surrogate: slope of the step.
+        frac_bits: the membrane lies on the grid of multiples of 2^-frac_bits, to which leak and input are rounded; None
+            for plain floating point. The gradient goes straight through the rounding.
     """
 
     reset: Reset
@@ -30,6 +32,7 @@ class Equation:
     strict: bool
     detach_reset: bool
     surrogate: Surrogate
+    frac_bits: int | None = None
 
     @classmethod
     def make(
@@ -41,6 +44,7 @@ class Equation:
         strict: bool,
         detach_reset: bool,
         surrogate: Surrogate | str,
+        frac_bits: int | None = None,
     ) -> "Equation":
         """Build from the options of the public door; see `spikefit.ops.lif.lif` for their meaning.
 
@@ -56,7 +60,9 @@ class Equation:
         mode: Reset = "none" if not reset else "soft" if v_reset is None else "hard"
         if v_rest is None:
             v_rest = v_reset if v_reset is not None else 0.0
-        return cls(mode, v_reset or 0.0, v_rest, strict, detach_reset, parse_surrogate(surrogate))
+        if frac_bits is not None:
+            check_grid(frac_bits, mode, v_rest)
+        return cls(mode, v_reset or 0.0, v_rest, strict, detach_reset, parse_surrogate(surrogate), frac_bits)
 
 
 def check_level(who: str, name: str, value: float | None) -> None:
@@ -65,6 +71,44 @@ def check_level(who: str, name: str, value: float | None) -> None:
         return
     hint = " For a soft reset, write v_reset=None." if name == "v_reset" else ""
     raise OptionError(f"{who}: {name} must be a finite number or None, got {value!r}.{hint}")
+
+
+# Digits of a membrane on a grid: float32 holds 24, so that the same numbers are exact in every compute dtype.
+GRID_DIGITS = 24
+
+
+def check_grid(frac_bits: int, reset: Reset, v_rest: float) -> None:
+    """Raise OptionError unless membranes of this equation can lie on a grid of 2^-frac_bits."""
+    if isinstance(frac_bits, bool) or not isinstance(frac_bits, int) or not 1 <= frac_bits < GRID_DIGITS - 1:
+        raise OptionError(
+            f"lif: frac_bits must be a whole number from 1 to {GRID_DIGITS - 2}, or None for no grid, got "
+            f"{frac_bits!r}."
+        )
+    if reset != "soft" or v_rest != 0:
+        raise OptionError(
+            f"lif: a membrane on a grid (frac_bits={frac_bits}) has a soft reset and rests at 0, got reset {reset!r} "
+            f"and v_rest={v_rest:g}; leave out v_reset, reset and v_rest, or frac_bits."
+        )
+
+
+def shift_of(leak: float) -> int | None:
+    """m of leak = 2^-m, m >= 1; None if it is none such."""
+    mantissa, exponent = math.frexp(leak)
+    return 1 - exponent if mantissa == 0.5 and exponent <= 0 else None
+
+
+def check_on_grid(frac_bits: int, leak: float, v_threshold: float) -> None:
+    """Raise OptionError unless leak is a power of two below 1 and v_threshold lies on the grid of 2^-frac_bits."""
+    if shift_of(leak) is None:
+        raise OptionError(
+            f"lif: a membrane on a grid (frac_bits={frac_bits}) needs leak = 1/2, 1/4, 1/8, ... (tau = 2, 4/3, 8/7, "
+            f"...), got leak={leak}; change tau, or leave out frac_bits."
+        )
+    if not float(v_threshold * 2**frac_bits).is_integer():
+        raise OptionError(
+            f"lif: v_threshold must be a multiple of 2^-{frac_bits} where the membrane lies on that grid, got "
+            f"{v_threshold}; take more frac_bits or another threshold."
+        )
 
 
 def check_coefficients(leak: float, gain: float, v_threshold: float) -> None:

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from spikefit.errors import BackendError, ShapeError, StateError
+from spikefit.errors import BackendError, OptionError, ShapeError, StateError
 from spikefit.ops import dispatch
 from spikefit.ops.dtype import compute_dtype
 from spikefit.ops.lif import reference
-from spikefit.ops.lif.equation import Equation, check_coefficients
+from spikefit.ops.lif.equation import Equation, check_coefficients, check_on_grid
 from spikefit.ops.lif.reference import Scalar
 from spikefit.ops.surrogate import FORMS, Surrogate, atan
 
@@ -48,6 +48,7 @@ def lif(
     strict: bool = False,
     detach_reset: bool = True,
     surrogate: Surrogate | str = atan(2),  # noqa: B008 (an immutable value)
+    frac_bits: int | None = None,
     backend: dispatch.Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Run leaky integrate-and-fire neurons over a sequence, from membrane `v_0`.
@@ -74,7 +75,9 @@ def lif(
         strict: fire on u > v_threshold instead of u >= v_threshold.
         detach_reset: no gradient through the s inside the reset.
         surrogate: slope of the step, a `Surrogate` or its text, "atan(2)"; see `spikefit.ops.surrogate`.
-        backend: "auto", "reference", "numba" (CPU) or "triton" (CUDA).
+        frac_bits: round the membrane to the grid of 2^-frac_bits, u_t = floor(leak v_{t-1}) + round(gain x_t), which
+            can be run backwards to the bit; gradients go straight through. Needs leak = 1/2, 1/4, ... and a soft reset.
+        backend: "auto", "reference", "numba" (CPU) or "triton" (CUDA); a grid knows the reference only.
 
     Returns:
         (s, v_T): spikes in {0, 1}, [T, B, ...] with the dtype and memory order of `x`, and the membrane after the last
@@ -89,10 +92,16 @@ def lif(
     Source: Neftci, Mostafa, Zenke 2019, arXiv:1901.09948.
     """
     equation = Equation.make(
-        v_reset=v_reset, reset=reset, v_rest=v_rest, strict=strict, detach_reset=detach_reset, surrogate=surrogate
+        v_reset=v_reset,
+        reset=reset,
+        v_rest=v_rest,
+        strict=strict,
+        detach_reset=detach_reset,
+        surrogate=surrogate,
+        frac_bits=frac_bits,
     )
     v_0 = checked_state("lif", x, v_0)
-    dynamics = Dynamics(equation, *coefficients(leak, gain, v_threshold, v_0))
+    dynamics = Dynamics(equation, *coefficients(leak, gain, v_threshold, v_0, frac_bits))
     return advance(x, v_0, dynamics, choose_backend(x, equation, backend))
 
 
@@ -112,6 +121,7 @@ def lif_backward(
     strict: bool = False,
     detach_reset: bool = True,
     surrogate: Surrogate | str = atan(2),  # noqa: B008 (an immutable value)
+    frac_bits: int | None = None,
     backend: dispatch.Backend = "auto",
 ) -> LIFGradients:
     """The gradient of `lif`, given the gradients of its two results.
@@ -125,7 +135,8 @@ def lif_backward(
         q: dL/dv_T, [B, ...]; None for zeros.
         x, v_0: the inputs of the forward call.
         spikes: [T, B, ...] of any dtype, as the forward call returned them; None to threshold again.
-        leak, gain, v_threshold, v_reset, reset, v_rest, strict, detach_reset, surrogate, backend: as in `lif`.
+        leak, gain, v_threshold, v_reset, reset, v_rest, strict, detach_reset, surrogate, frac_bits, backend: as in
+            `lif`.
 
     Returns:
         LIFGradients; `x` has shape and dtype of `x`, the rest is in the compute dtype.
@@ -134,7 +145,13 @@ def lif_backward(
         As `lif`; ShapeError also if `g` or `spikes` differ from `x` in shape, StateError if `q` differs from `v_0`.
     """
     equation = Equation.make(
-        v_reset=v_reset, reset=reset, v_rest=v_rest, strict=strict, detach_reset=detach_reset, surrogate=surrogate
+        v_reset=v_reset,
+        reset=reset,
+        v_rest=v_rest,
+        strict=strict,
+        detach_reset=detach_reset,
+        surrogate=surrogate,
+        frac_bits=frac_bits,
     )
     v_0 = checked_state("lif_backward", x, v_0)
     for name, tensor in (("g", g), ("spikes", spikes)):
@@ -147,7 +164,7 @@ def lif_backward(
         raise StateError(
             f"lif_backward: expected q, the gradient of the last membrane, {tuple(v_0.shape)}, got {tuple(q.shape)}."
         )
-    dynamics = Dynamics(equation, *coefficients(leak, gain, v_threshold, v_0))
+    dynamics = Dynamics(equation, *coefficients(leak, gain, v_threshold, v_0, frac_bits))
     dx, dv_0, d_3 = retrace(g, q, x, v_0, spikes, dynamics, choose_backend(x, equation, backend))
     return LIFGradients(dx, dv_0, *d_3.unbind())
 
@@ -226,18 +243,25 @@ def dynamics_of(
     strict: bool,
     detach_reset: bool,
     surrogate: Surrogate | str,
+    frac_bits: int | None,
     backend: dispatch.Backend,
 ) -> Dynamics:
     """The options of `lif` as one value, for a layer whose weights are `like` in dtype and device."""
     equation = Equation.make(
-        v_reset=v_reset, reset=reset, v_rest=v_rest, strict=strict, detach_reset=detach_reset, surrogate=surrogate
+        v_reset=v_reset,
+        reset=reset,
+        v_rest=v_rest,
+        strict=strict,
+        detach_reset=detach_reset,
+        surrogate=surrogate,
+        frac_bits=frac_bits,
     )
     values = like.new_empty(0, dtype=compute_dtype(like.dtype))
-    return Dynamics(equation, *coefficients(leak, gain, v_threshold, values))
+    return Dynamics(equation, *coefficients(leak, gain, v_threshold, values, frac_bits))
 
 
 def coefficients(
-    leak: Scalar, gain: Scalar, v_threshold: Scalar, v_0: Tensor
+    leak: Scalar, gain: Scalar, v_threshold: Scalar, v_0: Tensor, frac_bits: int | None = None
 ) -> tuple[tuple[float, float, float], Tensor | None]:
     """(numbers, None) if all are numbers, else (unused numbers, tensor [3] through which gradients flow)."""
     given = (leak, gain, v_threshold)
@@ -247,8 +271,15 @@ def coefficients(
             raise ShapeError(
                 f"lif: leak, gain and v_threshold are numbers or 0-d tensors, got a tensor {tuple(c.shape)}."
             )
+    if tensors and frac_bits is not None:
+        raise OptionError(
+            "lif: a membrane on a grid (frac_bits) needs fixed numbers for leak, gain and v_threshold, got learned "
+            "ones; use neuron 'lif', or leave out frac_bits."
+        )
     if not tensors:
         check_coefficients(*given)  # type: ignore[arg-type]
+        if frac_bits is not None:
+            check_on_grid(frac_bits, leak, v_threshold)  # type: ignore[arg-type]
         return given, None  # type: ignore[return-value]
     return (0.0, 0.0, 0.0), torch.stack([torch.as_tensor(c, dtype=v_0.dtype, device=v_0.device) for c in given])
 
@@ -258,15 +289,18 @@ def choose_backend(x: Tensor, equation: Equation, backend: str) -> str:
     if FORMS[equation.surrogate.name].kernel is None:
         no = f"surrogate {equation.surrogate.name} has no compiled slope."
         return dispatch.choose(backend, triton=no, numba=no)
+    if equation.frac_bits is not None:
+        no = "membranes on a grid (frac_bits) have no compiled kernel."
+        return dispatch.choose(backend, triton=no, numba=no)
     asked = dispatch.resolve(backend)
     triton = dispatch.triton_refusal(x) if asked == "triton" else dispatch.auto_triton_refusal(x)
     return dispatch.choose(backend, triton=triton, numba=dispatch.numba_refusal(x))
 
 
-def flat(equation: Equation) -> tuple[str, float, float, bool, bool, str, float]:
+def flat(equation: Equation) -> tuple[str, float, float, bool, bool, str, float, int | None]:
     """The equation as arguments a custom op can take."""
     e = equation
-    return e.reset, e.v_reset, e.v_rest, e.strict, e.detach_reset, e.surrogate.name, e.surrogate.parameter
+    return e.reset, e.v_reset, e.v_rest, e.strict, e.detach_reset, e.surrogate.name, e.surrogate.parameter, e.frac_bits
 
 
 class Layout:
@@ -328,9 +362,17 @@ def _kernels(backend: str):
 
 
 def unflat(
-    reset: str, v_reset: float, v_rest: float, strict: bool, detach_reset: bool, surrogate: str, parameter: float
+    reset: str,
+    v_reset: float,
+    v_rest: float,
+    strict: bool,
+    detach_reset: bool,
+    surrogate: str,
+    parameter: float,
+    frac_bits: int | None,
 ) -> Equation:
-    return Equation(reset, v_reset, v_rest, strict, detach_reset, Surrogate(surrogate, parameter))  # type: ignore[arg-type]
+    slope = Surrogate(surrogate, parameter)
+    return Equation(reset, v_reset, v_rest, strict, detach_reset, slope, frac_bits)  # type: ignore[arg-type]
 
 
 @torch.library.custom_op("spikefit::lif", mutates_args=())
@@ -348,9 +390,10 @@ def _lif_forward(
     detach_reset: bool,
     surrogate: str,
     parameter: float,
+    frac_bits: int | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    equation = unflat(reset, v_reset, v_rest, strict, detach_reset, surrogate, parameter)
+    equation = unflat(reset, v_reset, v_rest, strict, detach_reset, surrogate, parameter, frac_bits)
     layout = Layout(x)
     spikes, v_T = layout.empty(x, x.dtype), layout.empty_state(x, v_0.dtype)
     _kernels(backend).forward(
@@ -388,12 +431,13 @@ def _lif_backward(
     detach_reset: bool,
     surrogate: str,
     parameter: float,
+    frac_bits: int | None,
     backend: str,
     want_state: bool,
     want_coefficients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dv_0, d(leak, gain, v_threshold)); dv_0 is empty, and the last zeros, unless wanted."""
-    equation = unflat(reset, v_reset, v_rest, strict, detach_reset, surrogate, parameter)
+    equation = unflat(reset, v_reset, v_rest, strict, detach_reset, surrogate, parameter, frac_bits)
     layout = Layout(x)
     dx, dv_0 = layout.empty(x, x.dtype), _state_gradient(layout, v_0, want_state)
     d_3 = _kernels(backend).backward(

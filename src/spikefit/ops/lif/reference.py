@@ -8,8 +8,10 @@ Source: Neftci, Mostafa, Zenke 2019, arXiv:1901.09948; the equations stand in `E
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from spikefit.ops.lif.equation import Equation
+from spikefit.errors import StateError
+from spikefit.ops.lif.equation import GRID_DIGITS, Equation
 from spikefit.ops.surrogate import Surrogate
 
 Scalar = float | Tensor
@@ -33,9 +35,37 @@ class Fire(torch.autograd.Function):
 def charge(x: Tensor, v: Tensor, leak: Scalar, gain: Scalar, equation: Equation) -> Tensor:
     """u = v_rest + leak (v - v_rest) + gain x, in the dtype of v."""
     x = x.to(v.dtype)
+    if equation.frac_bits is not None:
+        return _charge_on_grid(x, v, leak, gain, equation.frac_bits)
     if equation.v_rest == 0:
         return leak * v + gain * x
     return equation.v_rest + leak * (v - equation.v_rest) + gain * x
+
+
+def _charge_on_grid(x: Tensor, v: Tensor, leak: Scalar, gain: Scalar, frac_bits: int) -> Tensor:
+    """u = floor(leak v) + round(gain x) on the grid of 2^-frac_bits; the gradient is that without rounding.
+
+    Sums of numbers on the grid are exact as long as they have at most 24 digits, which is checked.
+    """
+    unit = 2.0**-frac_bits
+    kept, new = leak * v, gain * x
+    u = kept + (torch.floor(kept.detach() / unit) * unit - kept.detach())
+    u = u + (new + (torch.round(new.detach() / unit) * unit - new.detach()))
+    _check_range(u.detach(), frac_bits)
+    return u
+
+
+def _check_range(u: Tensor, frac_bits: int) -> None:
+    limit = 2.0 ** (GRID_DIGITS - 1 - frac_bits)
+    # a tensor without values has none to check
+    if isinstance(u, FakeTensor) or u.is_meta or torch.compiler.is_compiling():
+        return
+    largest = float(u.abs().amax()) if u.numel() else 0.0
+    if not largest < limit:
+        raise StateError(
+            f"lif: expected membranes below {limit:g}, what a grid of 2^-{frac_bits} holds exactly, got {largest:g}; "
+            "lower frac_bits, or normalise the input."
+        )
 
 
 def after_reset(u: Tensor, s: Tensor, v_threshold: Scalar, equation: Equation) -> Tensor:
@@ -63,6 +93,54 @@ def lif(
         v_BN = after_reset(u_BN, s_BN.detach() if equation.detach_reset else s_BN, v_threshold, equation)
         spikes.append(s_BN.to(x_TBN.dtype))
     return torch.stack(spikes), v_BN
+
+
+def follow(
+    x_TBN: Tensor,
+    v_BN: Tensor,
+    spikes_TBN: Tensor,
+    *,
+    leak: Scalar,
+    gain: Scalar,
+    v_threshold: Scalar,
+    equation: Equation,
+) -> Tensor:
+    """The membrane [B, N] after T steps whose spikes are given instead of thresholded."""
+    for x_BN, s_BN in zip(x_TBN.unbind(0), spikes_TBN.unbind(0), strict=True):
+        u_BN = charge(x_BN, v_BN, leak, gain, equation)
+        v_BN = after_reset(u_BN, s_BN.to(u_BN.dtype), v_threshold, equation)
+    return v_BN
+
+
+def undo(
+    x_BN: Tensor,
+    v_BN: Tensor,
+    s_BN: Tensor,
+    remainder_BN: Tensor | None = None,
+    *,
+    leak: Scalar,
+    gain: Scalar,
+    v_threshold: Scalar,
+    equation: Equation,
+) -> Tensor:
+    """The membrane [B, N] before a step with a soft reset, from the one after it.
+
+        u = v' + theta s,   v = (u - gain x - (1 - leak) v_rest) / leak
+
+    Rounding grows by 1/leak. On a grid the floor of leak v loses `remainder`, the last digits of v, which give it back
+    to the bit.
+    """
+    u_BN = v_BN + v_threshold * s_BN.to(v_BN.dtype)
+    if equation.frac_bits is None:
+        return (u_BN - gain * x_BN.to(v_BN.dtype) - equation.v_rest) / leak + equation.v_rest
+    unit = 2.0**-equation.frac_bits
+    kept_BN = u_BN - torch.round(gain * x_BN.to(v_BN.dtype) / unit) * unit
+    return kept_BN / leak + (0 if remainder_BN is None else remainder_BN.to(v_BN.dtype) * unit)
+
+
+def remainder(v_BN: Tensor, shift: int, frac_bits: int) -> Tensor:
+    """The last `shift` binary digits of membranes on the grid of 2^-frac_bits, [B, N] uint8."""
+    return torch.remainder(v_BN * 2.0**frac_bits, 2.0**shift).to(torch.uint8)
 
 
 def lif_backward(

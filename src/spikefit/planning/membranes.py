@@ -1,0 +1,156 @@
+"""Bytes of membranes: what the neurons of a network hold in forward, and for backward under every strategy."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from spikefit.engines.membranes import stages_of
+from spikefit.errors import StrategyError
+from spikefit.layers.rebuilt import ASSUMED_RANGE, Rebuild, check_bound, neuron_of
+from spikefit.layers.shared import SharedStage
+from spikefit.models import SpikingNetwork
+from spikefit.neurons import SpikingNeuron
+from spikefit.ops.lif.equation import shift_of
+from spikefit.ops.packbits.op import BITS, packed_length
+
+# Shapes [T, B, C, ...] that the neuron at a path got, one per call.
+Currents = dict[str, list[tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class MembraneBytes:
+    """Bytes of membranes of one training step.
+
+    Attributes:
+        forward: all membranes at one moment, as a step of inference holds them.
+        kept: strategy -> what neurons keep between forward and backward, packed spikes included; None where the
+            strategy cannot rebuild a membrane of this network.
+        peak: strategy -> the same, and what the membrane that takes most is rebuilt into.
+    """
+
+    forward: int
+    kept: dict[str, int | None]
+    peak: dict[str, int | None]
+
+
+@dataclass(frozen=True)
+class _Membrane:
+    """One membrane and its calls, with the equation of the neurons that use it."""
+
+    size: int
+    bytes_each: int
+    layers: int
+    groups: int
+    steps: int
+    bits: int
+    shared: bool
+    leak: Any
+    soft: bool
+    grid: bool
+
+    @property
+    def calls(self) -> int:
+        return self.layers * self.groups * self.steps
+
+    @property
+    def bytes(self) -> int:
+        return self.size * self.bytes_each
+
+
+def membrane_bytes(network: SpikingNetwork, currents: Currents, dtype: torch.dtype) -> MembraneBytes:
+    """Count the membranes of `network`.
+
+        forward         sum of B C/n pixels e over the membranes, e = 4 or 8 bytes
+        bptt            every u_k:  K P e for a membrane of P neurons that is visited K times
+        replay          spikes as bits; rebuilt: K P e, and (T - 1 + m + n) P e where m layers of n groups share it
+        inverse         spikes as bits and ceil(K / A) membranes; rebuilt: 2 P e
+        integer         spikes as bits, the last membrane and m bits per call, leak = 2^-m; rebuilt: 2 P e
+
+    Args:
+        network: its chain tells who shares what.
+        currents: what every neuron got.
+        dtype: of the membranes.
+    """
+    found = _membranes(network, currents, dtype)
+    kept: dict[str, int | None] = {"bptt": sum(m.calls * m.bytes for m in found)}
+    peak = dict(kept)
+    for name, one in (("replay", _replay), ("inverse", _inverse), ("integer", _integer)):
+        try:
+            pairs = [one(m, dtype) for m in found]
+        except StrategyError:
+            kept[name] = peak[name] = None
+            continue
+        held = sum(m.bits + extra for m, (extra, _) in zip(found, pairs, strict=True))
+        kept[name], peak[name] = held, held + max((rebuilt for _, rebuilt in pairs), default=0)
+    return MembraneBytes(sum(m.bytes for m in found), kept, peak)
+
+
+def _membranes(network: SpikingNetwork, currents: Currents, dtype: torch.dtype) -> list[_Membrane]:
+    paths = {module: path for path, module in network.named_modules()}
+    found = []
+    for stage in stages_of(network.chain):
+        if not isinstance(stage, SharedStage):
+            continue
+        for membrane in dict.fromkeys(stage.membranes):
+            layers = [n for n, m in zip(stage.layers, stage.membranes, strict=True) if m == membrane]
+            neuron = neuron_of(layers[0])
+            shapes = [currents[paths[neuron_of(layer)]] for layer in layers]
+            steps, (batch, channels, *space) = sum(s[0] for s in shapes[0]), shapes[0][0][1:]
+            pixels = batch * torch.Size(space).numel()
+            leak = neuron.coefficients()[0]
+            found.append(
+                _Membrane(
+                    size=pixels * channels // neuron.groups,
+                    bytes_each=dtype.itemsize,
+                    layers=len(layers),
+                    groups=neuron.groups,
+                    steps=steps,
+                    bits=len(layers) * steps * pixels * packed_length(channels),
+                    shared=stage.one_membrane,
+                    leak=leak if isinstance(leak, float) else None,
+                    soft=neuron.reset and neuron.v_reset is None,
+                    grid=neuron.frac_bits is not None,
+                )
+            )
+    return found
+
+
+def _replay(m: _Membrane, dtype: torch.dtype) -> tuple[int, int]:
+    """(bytes kept beside the bits of spikes, bytes of what is rebuilt)."""
+    at_once = m.steps - 1 + m.layers + m.groups if m.shared else m.calls
+    return 0, at_once * m.bytes
+
+
+def _inverse(m: _Membrane, dtype: torch.dtype) -> tuple[int, int]:
+    if m.leak is None or not m.soft or m.grid:
+        raise StrategyError("inverse: it needs a fixed leak and a soft reset without a grid.")
+    check_bound("inverse", m.leak, Rebuild("inverse"), ASSUMED_RANGE, dtype)
+    every = Rebuild("inverse").distance(m.leak, dtype)
+    return -(-m.calls // every) * m.bytes, 2 * m.bytes
+
+
+def _integer(m: _Membrane, dtype: torch.dtype) -> tuple[int, int]:
+    shift = None if m.leak is None else shift_of(m.leak)
+    if shift is None or not m.soft or shift > max(BITS):
+        raise StrategyError("integer: it needs leak = 2^-m, at least 1/256, and a soft reset.")
+    digits = next(bits for bits in BITS if bits >= shift)
+    return m.bytes + m.calls * m.size * digits // 8, 2 * m.bytes
+
+
+@contextmanager
+def watched_currents(model: nn.Module, currents: Currents) -> Iterator[None]:
+    """Note in `currents` what every neuron of `model` gets within the block."""
+    handles = [
+        m.register_forward_pre_hook(lambda m, inputs, n=name: currents.setdefault(n, []).append(tuple(inputs[0].shape)))
+        for name, m in model.named_modules()
+        if isinstance(m, SpikingNeuron)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
