@@ -19,7 +19,14 @@ from spikefit.layers import SpikingUnit
 from spikefit.layers.packed import PackedSpikes
 from spikefit.models.network import plain_bptt
 from spikefit.ops.dispatch import use_backend
-from spikefit.planning.target import LossFunction, in_training, mean_cross_entropy, training_step, with_targets
+from spikefit.planning.target import (
+    LossFunction,
+    check_model,
+    in_training,
+    mean_cross_entropy,
+    training_step,
+    with_targets,
+)
 
 # Scale of the loss of the second run; not a power of two, so that every product is rounded anew.
 RESCALED = 0.7
@@ -113,8 +120,10 @@ def verify(
         Verdict.
 
     Raises:
+        OptionError: the model or the sample is of another kind.
         SpikefitError: two equal runs of the model differ in their spikes, so nothing can be compared or recomputed.
     """
+    check_model("verify", model)
     options = (*with_targets(sample), loss, autocast)
     with in_training(model):
         oracle = _run(model, *options, plain=True, backend="reference")
