@@ -1,12 +1,16 @@
 """Strategies: the forward of a model does not depend on them, exact ones give the gradients of plain BPTT."""
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from spikefit.engines import STRATEGIES, Strategy, parse_strategy
 from spikefit.errors import StrategyError
-from spikefit.models import create_model, use_strategy
+from spikefit.layers import GlobalAveragePool, Readout, SpikingConv2d
+from spikefit.models import SpikingNetwork, create_model, use_strategy
 from spikefit.ops.dispatch import installed, use_backend
+from spikefit.planning.memory import predicted_bytes
 from support import backends_called
 
 EXACT = [name for name, kind in STRATEGIES.items() if kind.exact and name != "bptt"]
@@ -83,6 +87,58 @@ def test_gradients_accumulate_and_hooks_run():
     for _ in range(2):
         model(torch.randn(2, 2, 3, 8, 8)).sum().backward()
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("strategy", ["bptt", "checkpoint:2", "lean:spikes"])
+def test_a_graph_that_is_retained_goes_backward_twice(strategy):
+    model = use_strategy(create_model("vgg6", **CASES["vgg6"]), strategy)
+    loss = model(torch.rand(2, 2, 3, 8, 8)).square().mean()
+    first, second = (torch.autograd.grad(loss, model.parameters(), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+class Noise(nn.Module):
+    """A block that multiplies with random numbers that torch does not know of."""
+
+    def __init__(self, numbers):
+        super().__init__()
+        self.numbers = numbers
+
+    def forward(self, x, state=None):
+        return x * torch.tensor(self.numbers.permutation(x.shape[1])).to(x).view(-1, *[1] * (x.ndim - 2)), None
+
+    def init_state(self, batch_size, shape, **options):
+        return None, shape
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint:1", "checkpoint:2", "checkpoint:5"])
+def test_a_block_that_cannot_be_repeated_is_refused_before_a_gradient_appears(strategy):
+    blocks = [SpikingConv2d(3, 8), Noise(np.random.default_rng(0)), SpikingConv2d(8, 8), GlobalAveragePool()]
+    model = SpikingNetwork([*blocks, Readout(8, 3)], input_shape=(3, 8, 8), strategy=strategy)
+    loss = model(torch.rand(3, 4, 3, 8, 8)).square().sum()
+    with pytest.raises(StrategyError, match="Noise gave another output"):
+        loss.backward()
+    assert model.blocks[0].synapse.weight.grad is None
+
+
+class Repeatable(Noise):
+    def forward(self, x, state=None):
+        return x * torch.randn(x.shape[1:]).to(x), None
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint:1", "checkpoint:2", "checkpoint:5"])
+def test_a_block_of_the_users_own_that_draws_from_torch_is_repeated(strategy):
+    gradients = []
+    for name in ("bptt", strategy):
+        torch.manual_seed(0)
+        blocks = [SpikingConv2d(3, 8), Repeatable(None), SpikingConv2d(8, 8), Repeatable(None), GlobalAveragePool()]
+        model = SpikingNetwork([*blocks, Readout(8, 3)], input_shape=(3, 8, 8), strategy=name)
+        x = torch.rand(3, 4, 3, 8, 8)
+        assert predicted_bytes(model, x, torch.zeros(4, dtype=torch.int64)).peak > 0
+        model(x).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+        assert not any(m._forward_hooks for m in model.modules())
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_evaluation_without_gradients_keeps_nothing():

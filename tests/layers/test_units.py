@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import spectral_norm
 
 from spikefit.errors import OptionError, ShapeError, StateError
 from spikefit.layers import (
@@ -323,10 +324,18 @@ def test_a_pool_of_one_pixel_is_refused_under_every_strategy(keep):
         unit(torch.rand(2, 2, 3, 1, 1))
 
 
+class HalfConv(nn.Conv2d):
+    def forward(self, x):
+        return 0.5 * super().forward(x)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
         (lambda: SpikingConv2d(3, 8)(torch.rand(2, 3, 8, 8)), ShapeError, r"\[T, B, 3, H, W\].*encoding.repeat"),
+        (lambda: SpikingUnit(HalfConv(3, 8, 3), None, LIF()), OptionError, "HalfConv with a forward of its own"),
+        (lambda: SpikingUnit(nn.Conv3d(3, 8, 3), None, LIF()), OptionError, "expected nn.Conv1d, .* got Conv3d"),
+        (lambda: SpikingUnit(spectral_norm(nn.Linear(3, 8)), None, LIF()), OptionError, "hook.*parametrizations"),
         (lambda: SpikingConv2d(3, 8)(torch.rand(2, 2, 4, 8, 8)), ShapeError, r"\[T, B, 3, H, W\]"),
         (lambda: SpikingConv2d(3, 8)(torch.rand(0, 2, 3, 8, 8)), ShapeError, "T = 0"),
         (lambda: SpikingConv2d(3, 8)(torch.ones(2, 2, 3, 8, 8, dtype=torch.uint8)), ShapeError, "floating point"),

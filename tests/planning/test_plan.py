@@ -10,7 +10,7 @@ import torch
 from spikefit.engines import Plan
 from spikefit.errors import BudgetError, OptionError, PlanError
 from spikefit.models import create_model, use_strategy
-from spikefit.planning import plan, predicted_bytes, report
+from spikefit.planning import plan, predicted_bytes, report, verify
 from spikefit.planning.plan import Unit, choose, largest_size, parse_budget
 from spikefit.planning.target import Target
 
@@ -137,6 +137,21 @@ def test_infeasible_budgets_say_what_would_do():
         plan(model, x, 1000)
 
 
+@pytest.mark.parametrize("verb", [lambda m, x: plan(m, x, "1GB"), verify, report])
+def test_models_and_samples_of_another_kind(verb):
+    model, x = create_model("mlp", input_shape=(8,)), torch.rand(4, 2, 8)
+    with pytest.raises(OptionError, match="expected a torch module as model, got str"):
+        verb("mlp", x)
+    for sample, got in ((x.numpy(), "ndarray"), ([x], "list"), ((x, None), "NoneType"), (torch.rand(8), r"\(8,\)")):
+        with pytest.raises(OptionError, match=f"expected an input tensor .*got .*{got}"):
+            verb(model, sample)
+
+
+def test_report_refuses_what_is_no_plan():
+    with pytest.raises(OptionError, match=r"report: .*got str; Plan.load"):
+        report(create_model("mlp", input_shape=(8,)), torch.rand(4, 2, 8), "plan.json")
+
+
 def test_budgets():
     assert parse_budget("4GB") == 4 * 10**9
     assert parse_budget(" 1.5 GiB ") == int(1.5 * 2**30)
@@ -146,7 +161,7 @@ def test_budgets():
     for text in ("4 gigs", "", "GB", "1.2.3GB", "4iB", float("nan")):
         with pytest.raises(OptionError, match="budget: "):
             parse_budget(text)
-    for text in (-1, 0, "0GB", "-4GB"):
+    for text in (-1, 0, "0GB", "-4GB", True, [4], b"4GB"):
         with pytest.raises(OptionError, match="budget: "):
             parse_budget(text)
 

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from spikefit.errors import SpikefitError, StrategyError
-from spikefit.layers import BatchNorm, GlobalAveragePool, Readout, SpikingConv2d, lean, packed
+from spikefit.layers import BatchNorm, GlobalAveragePool, Readout, SpikingConv2d, SpikingUnit, lean, packed
 from spikefit.models import SpikingNetwork, create_model, use_strategy
+from spikefit.neurons import LIF
 from spikefit.planning import plan, verify
 from support import dyadic
 
@@ -36,6 +37,26 @@ def test_a_plan_and_autocast_pass():
     plan(model, x, None).apply(model)
     assert verify(model, x).passed
     assert verify(model, x, autocast=True).passed
+
+
+def test_gradients_that_are_nothing_but_rounding_pass():
+    """A bias in front of a batch norm, and a norm that sees one value, have a true gradient of zero."""
+    torch.manual_seed(0)
+    blocks = [
+        SpikingUnit(nn.Conv2d(2, 8, 3, padding=1), BatchNorm(8), LIF(), pool="max"),
+        SpikingUnit(nn.Conv2d(8, 16, 3, padding=1), BatchNorm(16), LIF()),
+        GlobalAveragePool(),
+        Readout(16, 5),
+    ]
+    biased = SpikingNetwork(blocks, input_shape=(2, 8, 8), strategy="lean:spikes")
+    verdict = verify(biased, torch.rand(4, 3, 2, 8, 8))
+    assert verdict.passed, str(verdict)
+    assert verdict.max_gradient_error <= verdict.tolerance == 1e-5
+    assert verdict.noise > verdict.tolerance
+
+    one_value = use_strategy(create_model("vgg6", input_shape=(3, 8, 8), width=0.25), "lean:spikes")
+    assert verify(one_value, torch.rand(1, 1, 3, 8, 8)).passed
+    assert verify(use_strategy(create_model("mlp", input_shape=(33,)), "lean:spikes"), torch.rand(1, 1, 33)).passed
 
 
 def test_the_model_is_left_as_it_was():

@@ -57,11 +57,13 @@ def pack_saved_tensors(min_numel: int = 4096) -> "Iterator[PackedSaves]":
         Counts of bytes so far, see `PackedSaves`.
 
     Raises:
-        OptionError: `min_numel` is not positive.
+        OptionError: `min_numel` is not a whole number above zero.
         TrainingError: in backward, if a tensor that was kept as it is has been modified in place.
     """
-    if min_numel < 1:
-        raise OptionError(f"pack_saved_tensors: min_numel must be at least 1 element, got {min_numel}.")
+    if isinstance(min_numel, bool) or not isinstance(min_numel, int) or min_numel < 1:
+        raise OptionError(
+            f"pack_saved_tensors: min_numel must be a whole number of at least 1 element, got {min_numel!r}."
+        )
     saves = PackedSaves(min_numel)
     with torch.autograd.graph.saved_tensors_hooks(saves.pack, lambda saved: saved.restore()):
         yield saves

@@ -21,6 +21,7 @@ from spikefit.layers.weight import (
     apply_weight,
     autocasting,
     check_input,
+    check_weight,
     map_of,
     parameters_of,
 )
@@ -58,7 +59,7 @@ class SpikingUnit(nn.Module):
             depend on it.
 
     Raises:
-        OptionError: unknown pool, or chunk below 1.
+        OptionError: unknown pool, chunk below 1, or a synapse that does more than its map.
     """
 
     consumes_time = False
@@ -74,6 +75,7 @@ class SpikingUnit(nn.Module):
         chunk: int | None = None,
     ) -> None:
         super().__init__()
+        check_weight(synapse)
         if pool is not None and pool not in POOLS:
             raise OptionError(f"{type(self).__name__}: pool must be None, 'max' or 'avg', got {pool!r}.")
         if chunk is not None and not is_count(chunk):

@@ -111,6 +111,24 @@ def map_of(module: Weight) -> Map:
     return Map(kind, stride, tuple(module.padding), tuple(module.dilation), module.groups, thin)
 
 
+def check_weight(module: nn.Module) -> None:
+    """Raise OptionError unless the map and the numbers of `module` are all it does.
+
+    A unit reads these and never calls the module, so a forward of its own, or a hook in front of it, would be left out.
+    """
+    known = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Linear.forward, Standardized.forward)
+    if type(module).forward not in known:
+        raise OptionError(
+            f"SpikingUnit: expected nn.Conv1d, nn.Conv2d, nn.Linear or a standardised form of them as synapse, got "
+            f"{type(module).__name__} with a forward of its own, which a unit does not call; put that into a block."
+        )
+    if module._forward_pre_hooks:
+        raise OptionError(
+            f"SpikingUnit: the synapse {type(module).__name__} has a hook in front of its forward, which a unit does "
+            "not call; change weights with torch.nn.utils.parametrizations."
+        )
+
+
 def parameters_of(module: Weight, device: str) -> tuple[Tensor, Tensor | None]:
     """(weight, bias) as the map takes them: standardised, and cast where autocast asks for it."""
     weight, bias = module.weight, module.bias

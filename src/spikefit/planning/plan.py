@@ -21,7 +21,7 @@ from spikefit.layers.packed import PackedSpikes
 from spikefit.layers.unit import LaterCurrent
 from spikefit.models.network import restored_strategy
 from spikefit.planning.memory import PredictedBytes, predicted_bytes
-from spikefit.planning.target import LossFunction, in_training, mean_cross_entropy, with_targets
+from spikefit.planning.target import LossFunction, check_model, in_training, mean_cross_entropy, with_targets
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -88,6 +88,7 @@ def plan(
         PlanError: the model has no units, or its forward cannot be traced.
         BudgetError: nothing fits; the message says the smallest budget that does, and which batch or T would fit.
     """
+    check_model("plan", model)
     x, y = with_targets(sample)
     where = x.device if device is None else torch.device(device)
     limit = None if budget is None else parse_budget(budget, where)
@@ -131,6 +132,8 @@ def parse_budget(text: int | float | str, device: torch.device | None = None) ->
         unit = match[2].upper()
         value = number * (BINARY_UNITS[unit] if match[3] else UNITS[unit])
         fraction = not unit and "." in match[1] and number < 1
+    elif isinstance(text, bool) or not isinstance(text, int | float):
+        raise OptionError(f"budget: expected a number or a text, got {type(text).__name__}; {hint}")
     else:
         value, fraction = float(text), isinstance(text, float) and 0 < text < 1
     if not math.isfinite(value) or value <= 0:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from spikefit.engines import Plan
+from spikefit.errors import OptionError
 from spikefit.models.network import plain_bptt, restored_strategy
 from spikefit.planning.memory import PredictedBytes, predicted_bytes
 from spikefit.planning.plan import largest_size, show_bytes, static_bytes
-from spikefit.planning.target import LossFunction, in_training, mean_cross_entropy, with_targets
+from spikefit.planning.target import LossFunction, check_model, in_training, mean_cross_entropy, with_targets
 
 LONGEST = 16
 # Rows of what is alive at the peak.
@@ -110,8 +111,15 @@ def report(
         MemoryReport.
 
     Raises:
+        OptionError: model, sample or plan is of another kind.
         PlanError: the plan belongs to another model, or the forward cannot be traced.
     """
+    check_model("report", model)
+    if plan is not None and not isinstance(plan, Plan):
+        raise OptionError(
+            f"report: expected what spikefit.plan returned as plan, or None, got {type(plan).__name__}; "
+            "Plan.load(path) reads a saved one."
+        )
     x, y = with_targets(sample)
     predict = partial(predicted_bytes, model, loss=loss, autocast=autocast, device=device)
     with in_training(model):

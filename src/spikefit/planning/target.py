@@ -174,10 +174,31 @@ def random_sample(
 
 
 def with_targets(sample: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """(inputs, targets) of a sample; where there are no targets, class 0 for everyone."""
-    if isinstance(sample, tuple):
-        return sample
-    return sample, torch.zeros(sample.shape[1], dtype=torch.int64, device=sample.device)
+    """(inputs, targets) of a sample; where there are no targets, class 0 for everyone.
+
+    Raises:
+        OptionError: anything but a tensor with axes of time and batch, or a pair of tensors.
+    """
+    parts = sample if isinstance(sample, tuple) else (sample,)
+    if len(parts) > 2 or not all(isinstance(part, Tensor) for part in parts) or parts[0].ndim < 2:
+        got = ", ".join(str(tuple(p.shape)) if isinstance(p, Tensor) else type(p).__name__ for p in parts)
+        raise OptionError(
+            f"sample: expected an input tensor [T, B, ...], or a pair (input, targets) of tensors, got {got}; "
+            "torch.as_tensor(x) makes a tensor of an array."
+        )
+    if len(parts) == 2:
+        return parts
+    x = parts[0]
+    return x, torch.zeros(x.shape[1], dtype=torch.int64, device=x.device)
+
+
+def check_model(who: str, model: nn.Module) -> None:
+    """Raise OptionError, in the name of `who`, unless `model` is a torch module."""
+    if not isinstance(model, nn.Module):
+        raise OptionError(
+            f"{who}: expected a torch module as model, got {type(model).__name__}; spikefit.create_model makes one of "
+            "a name."
+        )
 
 
 @contextmanager
