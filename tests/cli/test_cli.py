@@ -230,7 +230,10 @@ def test_list(run, what):
 def test_list_without_a_word_and_for_a_model(run):
     assert "strategies" in run("list")[1]
     rows = json.loads(run("list", "strategies", "har_mlp", "--json")[1])
-    assert {row["name"]: row["applies"] for row in rows} == {"bptt": "yes", "lean": "yes", "checkpoint": "yes"}
+    applies = {row["name"]: row["applies"] for row in rows}
+    assert {name for name, text in applies.items() if text == "yes"} == {"bptt", "lean", "checkpoint", "replay"}
+    assert "norm='step_bn'" in applies["inverse"], "it says why not, and what to do"
+    assert "norm='step_bn'" in applies["integer"]
 
 
 def test_env(run):

@@ -31,7 +31,7 @@ from spikefit.planning.target import (
 # Scale of the loss of the second run; not a power of two, so that every product is rounded anew.
 RESCALED = 0.7
 # Times the rounding of the oracle that a difference may always be.
-ROUNDINGS = 10
+ROUNDINGS = 4
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
@@ -46,7 +46,7 @@ class Verdict:
         buffers_equal: buffers after the step are equal, counters exactly and running statistics to a few roundings.
         random_equal: the random number generator stands where it stood after the oracle.
         max_gradient_error: largest |difference| over all gradients, each over its own largest absolute value, or over
-            the value at which ten times its rounding is the tolerance, if that is larger.
+            the value at which four times its rounding is the tolerance, if that is larger.
         worst: name of that gradient.
         tolerance: what the error may be.
         noise: largest rounding of a gradient, |difference| between two runs of the oracle over its largest value.
@@ -112,7 +112,7 @@ def verify(
         sample: input [T, B, ...], or (input, targets).
         loss: (logits, targets) -> scalar.
         tolerance: allowed gradient error; None for 1e-10 in float64, 1e-5 in float32, 2e-2 in half precision or
-            autocast; ten times the rounding between two runs of the oracle is always allowed.
+            autocast; four times the rounding between two runs of the oracle is always allowed.
         backend: backend of the step that is verified.
         autocast: run under bfloat16 autocast.
 

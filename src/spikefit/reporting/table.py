@@ -11,6 +11,8 @@ from spikefit.reporting.units import error, mib, milliseconds, percent, ratio, s
 
 Row = dict[str, Any]
 
+# Characters of a text up to which its column stays on one line.
+SHORT = 32
 HEADER = ("strategy", "exact", "accuracy %", "loss", "peak MiB", "saved MiB", "step ms", "max gradient error")
 
 
@@ -33,9 +35,11 @@ def grid(header: Sequence[str], body: Sequence[Sequence[str]], *, caption: str |
     """A plain rich table; the first `text` columns are text, the others are right-aligned numbers."""
     made = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", pad_edge=False, title_justify="left")
     for i, name in enumerate(header):
-        # lines break between words only, as far as the terminal has room
-        longest = max(len(word) for cell in (name, *(line[i] for line in body)) for word in (cell.split() or [""]))
-        made.add_column(name, justify="left" if i < text else "right", no_wrap=i < text, min_width=longest)
+        column = (name, *(line[i] for line in body))
+        # lines break between words only, as far as the terminal has room, and long texts before short ones
+        longest = max(len(word) for cell in column for word in (cell.split() or [""]))
+        short = i < text and max(map(len, column)) <= SHORT
+        made.add_column(name, justify="left" if i < text else "right", no_wrap=short, min_width=longest)
     for line in body:
         made.add_row(*line)
     return made
