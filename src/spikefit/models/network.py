@@ -33,7 +33,8 @@ class SpikingNetwork(nn.Module):
             of a layer, in turn) or "layer_channel".
         groups: number of groups for the two with channels, a divisor of every layer's channels; else 1.
         stages: for the two with layers, (first, last) numbers of the blocks of every stage; the others stand alone.
-        strategy: how gradients are obtained; see `use_strategy`.
+        strategy: how gradients are obtained, see `use_strategy`; None for "replay" where membranes are shared, else
+            "bptt".
 
     Raises:
         OptionError: no block, a block consumes time and `timesteps` is missing, or membranes that cannot be shared as
@@ -54,7 +55,7 @@ class SpikingNetwork(nn.Module):
         share: str = "none",
         groups: int = 1,
         stages: Iterable[tuple[int, int]] = (),
-        strategy: str | Strategy = "bptt",
+        strategy: str | Strategy | None = None,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
@@ -71,7 +72,7 @@ class SpikingNetwork(nn.Module):
         if timesteps is not None and not consumers:
             raise OptionError("SpikingNetwork: timesteps is fixed only where a block consumes time; leave it out.")
         self._share(share, groups, list(stages))
-        use_strategy(self, strategy)
+        use_strategy(self, strategy or ("bptt" if share == "none" else "replay"))
 
     @property
     def chain(self) -> list[Any]:

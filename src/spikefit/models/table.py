@@ -95,7 +95,7 @@ def create_model(name: str, *, preset: str | None = None, **options: Any) -> Spi
         near = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.3)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise OptionError(f"create_model: expected one of {', '.join(MODELS)}, got {name!r}.{hint}")
-    strategy = options.pop("strategy", "bptt")
+    strategy = options.pop("strategy", None)
     if preset is not None:
         chosen = preset_of(preset)
         options = {"neuron": chosen.neuron, "norm": chosen.norm, **options}
@@ -106,7 +106,8 @@ def create_model(name: str, *, preset: str | None = None, **options: Any) -> Spi
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise OptionError(f"create_model {name}: unknown option {unknown[0]!r}; known: {', '.join(known)}.{hint}")
     model = MODELS[name].make(**options)
-    use_strategy(model, strategy)
+    if strategy is not None:
+        use_strategy(model, strategy)
     return model
 
 

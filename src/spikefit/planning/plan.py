@@ -19,7 +19,7 @@ from spikefit.engines.plan import Plan, UnitPlan, planned_units
 from spikefit.errors import BudgetError, OptionError, PlanError
 from spikefit.layers.packed import PackedSpikes
 from spikefit.layers.unit import LaterCurrent
-from spikefit.models.network import restored_strategy
+from spikefit.models.network import restored_strategy, use_strategy
 from spikefit.planning.memory import PredictedBytes, predicted_bytes
 from spikefit.planning.target import LossFunction, check_model, in_training, mean_cross_entropy, with_targets
 
@@ -179,7 +179,7 @@ class _Tracer:
         """Trace a step in which the units keep `keeps`."""
         chosen = [keeps] * len(self.names) if isinstance(keeps, str) else keeps
         with in_training(self.model), restored_strategy(self.model):
-            _choices(self.names, chosen, self.weights).apply(self.model)
+            use_strategy(self.model, _choices(self.names, chosen, self.weights))
             x, y = self.x if x is None else x, self.y if y is None else y
             return predicted_bytes(self.model, x, y, loss=self.loss, autocast=self.autocast, device=self.device)
 

@@ -134,7 +134,7 @@ def profile(
     """
     target: Target | None = None
     if isinstance(model, str):
-        target = Target.named(model, strategy=strategy or "bptt", backend=backend, **target_options)
+        target = Target.named(model, strategy=strategy, backend=backend, **target_options)
     elif isinstance(model, Target):
         target = model
     if sample is not None and not isinstance(model, nn.Module):

@@ -28,7 +28,7 @@ class Target:
     Attributes:
         model: a name of the zoo, or "package.module:factory" of your own, importable from the working directory.
         options: keyword options of the model.
-        strategy, backend: how it runs.
+        strategy, backend: how it runs; None for the strategy with which the model is made.
         timesteps, batch: T and B.
         input_shape: shape of one sample; None takes that of the model.
         encoding: "repeat" shows one sample at every step (static images), "sequence" makes a dense one; None takes
@@ -38,7 +38,7 @@ class Target:
 
     model: str
     options: dict[str, Any] = field(default_factory=dict)
-    strategy: str = "bptt"
+    strategy: str | None = None
     backend: str = "auto"
     timesteps: int = 8
     batch: int = 64
@@ -67,7 +67,8 @@ class Target:
                 model = make_own(self.model, options, optional=("input_shape",))
             else:
                 model = create_model(self.model, **options)
-        set_strategy(model, self.strategy)
+        if self.strategy is not None:
+            set_strategy(model, self.strategy)
         return in_dtype(model, torch.float64 if self.dtype == "float64" else torch.float32)
 
     def sample(self, model: nn.Module) -> tuple[Tensor, Tensor]:

@@ -163,7 +163,7 @@ def build_model(recipe: Recipe, dataset: Dataset | None = None) -> nn.Module:
             model: nn.Module = create_model(recipe.model.name, **options)
         else:
             model = make_own(recipe.model.name, options, optional=DERIVED)
-    return set_strategy(model, recipe.strategy.model_dump())
+    return model if recipe.strategy.name is None else set_strategy(model, recipe.strategy.model_dump())
 
 
 def build_step(source: str | Path | Mapping[str, Any] | Recipe, *, shapes_only: bool = False) -> Step:

@@ -65,7 +65,9 @@ def train(
         stack.enter_context(torch.random.fork_rng(devices=devices))
         stack.enter_context(use_backend(recipe.backend))
         if progress and fabric.is_global_zero:
-            listeners.append(stack.enter_context(ProgressBar(f"{recipe.model.name} {recipe.strategy.name}")))
+            listeners.append(
+                stack.enter_context(ProgressBar(f"{recipe.model.name} {recipe.strategy.name or ''}".rstrip()))
+            )
         run = Run(recipe, build_data(recipe), fabric, out, listeners if fabric.is_global_zero else [])
         if out is not None and fabric.is_global_zero:
             check_folder(out)

@@ -139,13 +139,19 @@ class NormSection(Section):
 
 
 class StrategySection(OpenSection):
-    """How gradients are obtained, `{ name = "checkpoint", every = 2 }` or `"checkpoint:2"`."""
+    """How gradients are obtained, `{ name = "checkpoint", every = 2 }` or `"checkpoint:2"`.
 
-    name: str = "bptt"
+    Without a name as the model is made: "replay" where it shares membranes, else "bptt".
+    """
+
+    name: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        parse_strategy(self.model_dump())
+        if self.name is not None:
+            parse_strategy(self.model_dump())
+        elif self.model_extra:
+            raise OptionError(f"strategy: {', '.join(self.model_extra)} belong to a strategy; add its name.")
         return self
 
 
