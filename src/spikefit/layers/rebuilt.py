@@ -12,6 +12,9 @@ Source: the inverse is that of Kim et al. 2023, arXiv:2305.18360. Replay, grid a
 """
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -24,7 +27,7 @@ from spikefit.errors import StrategyError
 from spikefit.layers.branch import filled, template_of, tensors_of
 from spikefit.layers.norm import BatchNorm, frozen_statistics
 from spikefit.layers.packed import PackedSpikes, Spikes, pooled_space
-from spikefit.layers.unit import Layer, pool_spikes
+from spikefit.layers.unit import Layer, SpikingUnit, pool_spikes
 from spikefit.neurons import SpikingNeuron
 from spikefit.ops.dispatch import resolve, use_backend
 from spikefit.ops.dtype import compute_dtype
@@ -288,6 +291,20 @@ class _Rebuilt(torch.autograd.Function):
             return None, *_Backward(ctx, g, list(q)).run()
 
 
+# Called with (unit, its spikes behind the pool) for every piece that a stage runs forward; see `watched_spikes`.
+_watching: ContextVar[Callable[[SpikingUnit, Tensor], None] | None] = ContextVar("watching", default=None)
+
+
+@contextmanager
+def watched_spikes(note: Callable[[SpikingUnit, Tensor], None]) -> Iterator[None]:
+    """Show `note` what the units of rebuilt stages fire within the block; hooks of modules do not see it."""
+    token = _watching.set(note)
+    try:
+        yield
+    finally:
+        _watching.reset(token)
+
+
 class _Forward:
     """Runs the layers piece by piece and leaves spikes as bits, anchors and digits."""
 
@@ -311,6 +328,8 @@ class _Forward:
                 spikes = self._fire(i, current)
                 rows[i].append(_in_bits(spikes))
                 values.append(pool_spikes(spikes, layer.unit.pool))
+                if (note := _watching.get()) is not None:
+                    note(layer.unit, values[-1])
                 self.currents.append(current[:0])
         if self.call.rebuild.name == "inverse":
             self._check_range()
