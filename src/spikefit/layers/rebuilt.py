@@ -12,7 +12,7 @@ Source: the inverse is that of Kim et al. 2023, arXiv:2305.18360. Replay, grid a
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, cast
@@ -291,18 +291,27 @@ class _Rebuilt(torch.autograd.Function):
             return None, *_Backward(ctx, g, list(q)).run()
 
 
-# Called with (unit, its spikes behind the pool) for every piece that a stage runs forward; see `watched_spikes`.
-_watching: ContextVar[Callable[[SpikingUnit, Tensor], None] | None] = ContextVar("watching", default=None)
+class Watcher:
+    """Is told what rebuilt stages do, which hooks of modules do not see; see `watched`."""
+
+    def entered(self, unit: SpikingUnit, phase: str) -> None:
+        """`unit` runs now; phase is "forward" or "backward"."""
+
+    def fired(self, unit: SpikingUnit, spikes: Tensor) -> None:
+        """`unit` has fired `spikes`, behind its pool, in some steps of a forward."""
+
+
+_watcher: ContextVar[Watcher] = ContextVar("watcher", default=Watcher())  # noqa: B039 (it has no state)
 
 
 @contextmanager
-def watched_spikes(note: Callable[[SpikingUnit, Tensor], None]) -> Iterator[None]:
-    """Show `note` what the units of rebuilt stages fire within the block; hooks of modules do not see it."""
-    token = _watching.set(note)
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Tell `watcher` what rebuilt stages do within the block."""
+    token = _watcher.set(watcher)
     try:
         yield
     finally:
-        _watching.reset(token)
+        _watcher.reset(token)
 
 
 class _Forward:
@@ -323,13 +332,13 @@ class _Forward:
         for piece in self.flow.pieces:
             values, self.currents = [_steps(self.x, *piece)], []
             for i, layer in enumerate(self.flow.layers):
+                _watcher.get().entered(layer.unit, "forward")
                 shortcut = None if layer.shortcut is None else values[layer.shortcut]
                 current = functional_call(self.call.cells[i], self.tensors[i], (values[layer.source], shortcut))
                 spikes = self._fire(i, current)
                 rows[i].append(_in_bits(spikes))
                 values.append(pool_spikes(spikes, layer.unit.pool))
-                if (note := _watching.get()) is not None:
-                    note(layer.unit, values[-1])
+                _watcher.get().fired(layer.unit, values[-1])
                 self.currents.append(current[:0])
         if self.call.rebuild.name == "inverse":
             self._check_range()
@@ -450,6 +459,7 @@ class _Backward:
             self._add_source(gradients[0], piece)
 
     def _open(self, i: int, piece: int) -> _Opened:
+        _watcher.get().entered(self.flow.layers[i].unit, "backward")
         layer, (source, shortcut) = self.flow.layers[i], self._inputs(i, piece)
         source = source.detach().requires_grad_(layer.source > 0 or self.want_source)
         if shortcut is not None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from spikefit.errors import SpikefitError
 from spikefit.layers import SpikingUnit
 from spikefit.layers.packed import PackedSpikes
-from spikefit.layers.rebuilt import watched_spikes
+from spikefit.layers.rebuilt import Watcher, watched
 from spikefit.models.network import plain_bptt
 from spikefit.ops.dispatch import use_backend
 from spikefit.planning.target import (
@@ -176,22 +176,26 @@ def _run(
     held = {p: p.grad for p in model.parameters()}
     logits: list[Tensor] = []
 
-    def note(unit: SpikingUnit, out: Any) -> None:
-        if not logits:  # what runs again in backward comes later
-            with torch.no_grad():
-                dense = out.steps(0, out.shape[0]) if isinstance(out, PackedSpikes) else out.detach()
-                pieces[units[unit]].append(dense.clone())
+    class Notes(Watcher):
+        def fired(self, unit: SpikingUnit, spikes: Any) -> None:
+            if not logits:  # what runs again in backward comes later
+                with torch.no_grad():
+                    packed = isinstance(spikes, PackedSpikes)
+                    dense = spikes.steps(0, spikes.shape[0]) if packed else spikes.detach()
+                    pieces[units[unit]].append(dense.clone())
+
+    notes = Notes()
 
     def recording(out: Tensor, targets: Tensor) -> Tensor:
         logits.append(out.detach().clone())
         return loss(out, targets) * scale
 
-    handles = [unit.register_forward_hook(lambda unit, inputs, output: note(unit, output[0])) for unit in units]
+    handles = [unit.register_forward_hook(lambda unit, inputs, output: notes.fired(unit, output[0])) for unit in units]
     try:
         for p in held:
             p.grad = None
         strategy = plain_bptt(model) if plain else contextlib.nullcontext()
-        with strategy, use_backend(backend), watched_spikes(note):
+        with strategy, use_backend(backend), watched(notes):
             training_step(model, x, y, recording, autocast=autocast)
         gradients = {"input": leaf.grad} | {k: p.grad for k, p in model.named_parameters()}
         return _Step(
