@@ -535,7 +535,7 @@ class _Backward:
             if d is None:
                 continue
             if key.strip():
-                _add(self.d_tensors[i], key, d)
+                _sum_up(self.d_tensors[i], key, d)
             else:
                 _add(gradients, cast(int, place.shortcut if key else place.source), d)
 
@@ -553,7 +553,7 @@ class _Backward:
         )
         for key, d in zip(leaves, made, strict=True):
             if d is not None:
-                _add(self.d_tensors[i], key, d)
+                _sum_up(self.d_tensors[i], key, d)
 
     def _add_source(self, d: Tensor, piece: int) -> None:
         if len(self.flow.pieces) == 1:
@@ -608,5 +608,11 @@ def _through_pool(spikes: Tensor, g: Tensor | None, pool: str | None) -> Tensor:
     return made
 
 
-def _add(total: dict[Any, Tensor], key: Any, d: Tensor) -> None:
+def _add(total: dict[int, Tensor], key: int, d: Tensor) -> None:
+    # not in place: what flows along a shortcut is the same tensor as what it was added to
     total[key] = d if key not in total else total[key] + d
+
+
+def _sum_up(total: dict[str, Tensor], key: str, d: Tensor) -> None:
+    """Add the gradient of a parameter in place, which no graph shares."""
+    total[key] = d if key not in total else total[key].add_(d)
