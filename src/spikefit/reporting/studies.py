@@ -9,9 +9,16 @@ from typing import Any
 
 from spikefit.errors import DataError, SpikefitError
 from spikefit.reporting.measure import check_measurable, measure_memory, settings_of
-from spikefit.reporting.study_file import Cell, make_cells, read_study, recipe_key
+from spikefit.reporting.membranes import (
+    check_membranes,
+    measure_membranes,
+    membrane_page,
+    membrane_rows,
+    membrane_text,
+)
+from spikefit.reporting.study_file import Cell, StudyFile, make_cells, read_study, recipe_key
 from spikefit.reporting.study_page import study_page, study_text
-from spikefit.training import ProgressEvent, load_recipe, train
+from spikefit.training import ProgressEvent, Recipe, load_recipe, train
 from spikefit.training.files import check_folder, write_json, write_text
 from spikefit.training.launch import check
 
@@ -43,6 +50,7 @@ def study(
         step_seconds [s] the mean under the name itself, the sample standard deviation under NAME_spread (None for
         n = 1) and all values under NAME_values; with memory = true saved_bytes, peak_bytes, predicted_peak_bytes
         [bytes] of the first seed; history (mean over seeds), settings, parameters, cells (names of the files).
+        With train = false the bytes of `spikefit.reporting.membranes.membrane_rows` instead.
 
     Raises:
         RecipeError, OptionError, DataError, TrainingError: a study file, or a row whose recipe, data, model or device
@@ -55,6 +63,8 @@ def study(
     source = read_study(path)
     cells = make_cells(source, load_recipe)
     out = Path("runs", source.name) if out is None else Path(out)
+    if not source.train:
+        return _count_membranes(source, cells, out, on_progress or (lambda where, event: None))
     _check_rows([cell for cell in cells if not (out / "cells" / f"{cell.key}.json").exists()])
     check_folder(out)
     records: dict[str, dict[str, Any]] = {}
@@ -62,8 +72,7 @@ def study(
     tell: OnProgress = on_progress or (lambda where, event: None)
     for i, cell in enumerate(cells):
         file = out / "cells" / f"{cell.key}.json"
-        where = {"run": i + 1, "runs": len(cells), "variant": cell.variant, "data": cell.data, "seed": cell.seed}
-        where["reused"] = file.exists()
+        where = _place(i, cells, reused=file.exists())
         tell(where, None)
         records[cell.key] = _once(file, cell, partial(_run, cell, partial(tell, where), progress))
         # memory does not depend on the seed
@@ -78,13 +87,41 @@ def study(
     return rows
 
 
-def _check_rows(cells: Sequence[Cell]) -> None:
-    """Make data, model and optimiser of every row once, so that no mistake waits for hours; seeds change none of it."""
+def _count_membranes(source: StudyFile, cells: Sequence[Cell], out: Path, tell: OnProgress) -> list[Row]:
+    """The study with train = false: `membranes/KEY.json` for every row instead of training runs."""
+    files = {cell.key: out / "membranes" / f"{cell.key}.json" for cell in cells}
+    _check_rows([cell for cell in cells if not files[cell.key].exists()], check_membranes)
+    check_folder(out)
+    results = {}
+    for i, cell in enumerate(cells):
+        tell(_place(i, cells, reused=files[cell.key].exists()), None)
+        results[cell.key] = _once(files[cell.key], cell, partial(measure_membranes, cell.recipe))
+    rows = membrane_rows(cells, results)
+    write_json(out / "study.json", rows)
+    write_text(out / "table.txt", membrane_text(source.name, rows))
+    write_text(out / "report.html", membrane_page(source.name, rows, source.text))
+    return rows
+
+
+def _place(i: int, cells: Sequence[Cell], *, reused: bool) -> dict[str, Any]:
+    """Which run comes now, for whoever listens."""
+    cell = cells[i]
+    where = {"run": i + 1, "runs": len(cells), "variant": cell.variant, "data": cell.data, "seed": cell.seed}
+    return {**where, "reused": reused}
+
+
+def _check_run(recipe: Recipe) -> None:
+    """Make data, model and optimiser of a run."""
+    check_measurable("study", recipe)
+    check(recipe)
+
+
+def _check_rows(cells: Sequence[Cell], check_row: Callable[[Recipe], None] = _check_run) -> None:
+    """Check every row once, so that no mistake waits for hours; seeds change none of it."""
     rows = {(cell.variant, cell.data): cell for cell in reversed(cells)}
     for cell in reversed(rows.values()):
         try:
-            check_measurable("study", cell.recipe)
-            check(cell.recipe)
+            check_row(cell.recipe)
         except SpikefitError as error:
             raise type(error)(f"study: {cell.variant} / {cell.data}: {error}") from error
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from spikefit.errors import RecipeError
 
-KEYS = ("recipe", "seeds", "set", "memory", "variants", "data")
+KEYS = ("recipe", "seeds", "set", "train", "memory", "variants", "data")
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class StudyFile:
         recipe: path of the recipe all cells start from, or the recipe itself as a dict.
         seeds: one run of every cell per seed.
         set: recipe keys set in all cells.
+        train: whether cells are trained; if not, only bytes of their membranes are counted.
         memory: whether saved bytes and peak are measured too, once per variant and data set.
         variants, data: the two axes of the table.
         text: the file itself.
@@ -40,6 +41,7 @@ class StudyFile:
     recipe: Path | dict[str, Any]
     seeds: tuple[int, ...]
     set: dict[str, Any]
+    train: bool
     memory: bool
     variants: tuple[Choice, ...]
     data: tuple[Choice, ...]
@@ -62,10 +64,11 @@ def read_study(path: str | Path) -> StudyFile:
 
     Args:
         path: TOML with recipe (path relative to the study file, or a table), and optionally seeds (default [0]),
-            set, memory, [[variants]] and [[data]] of name and set.
+            set, train (default true), memory, [[variants]] and [[data]] of name and set.
 
     Raises:
-        RecipeError: no such file, no TOML, an unknown or missing key, a wrong type, or a name or seed used twice.
+        RecipeError: no such file, no TOML, an unknown or missing key, a wrong type, a name or seed used twice, or a
+            key without effect.
     """
     path = Path(path)
     try:
@@ -87,14 +90,15 @@ def read_study(path: str | Path) -> StudyFile:
         raise RecipeError(f"{who}: expected seeds as a list of whole numbers such as [0, 1, 2], got {seeds!r}.")
     if len(set(seeds)) < len(seeds):
         raise RecipeError(f"{who}: every seed counts once, got {seeds}; remove the repeated ones.")
-    memory = raw.get("memory", False)
-    if type(memory) is not bool:
-        raise RecipeError(f"{who}: expected memory = true or false, got {memory!r}.")
+    train, memory = _switch(who, raw, "train", default=True), _switch(who, raw, "memory")
+    if not train:
+        _check_untrained(who, raw)
     return StudyFile(
         path.stem,
         recipe,
         tuple(seeds),
         _settings(who, "set", raw.get("set", {})),
+        train,
         memory,
         _choices(who, "variants", raw.get("variants", [])),
         _choices(who, "data", raw.get("data", [])),
@@ -120,7 +124,8 @@ def make_cells(study: StudyFile, load: Callable[[Any], Any]) -> list[Cell]:
             for seed in study.seeds:
                 recipe = base.override({**study.set, **data.set, **variant.set, "seed": seed})
                 content = recipe.to_dict()
-                cell = Cell(variant.name, data.name or str(content["data"]["name"]), seed, recipe, recipe_key(content))
+                rows = data.name or str(content["data"].get("name", "no data"))
+                cell = Cell(variant.name, rows, seed, recipe, recipe_key(content))
                 label = f"{cell.variant} / {cell.data}"
                 if cell.key in taken:
                     raise RecipeError(
@@ -136,6 +141,24 @@ def recipe_key(recipe: dict[str, Any]) -> str:
     """16 hexadecimal digits that change with any setting of the recipe, and not with the order of keys or `status`."""
     settings = {name: value for name, value in recipe.items() if name != "status"}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _switch(who: str, raw: dict[str, Any], key: str, *, default: bool = False) -> bool:
+    value = raw.get(key, default)
+    if type(value) is not bool:
+        raise RecipeError(f"{who}: expected {key} = true or false, got {value!r}.")
+    return value
+
+
+def _check_untrained(who: str, raw: dict[str, Any]) -> None:
+    """Refuse keys that have no effect where nothing is trained."""
+    found = [key for key in ("memory",) if raw.get(key)]
+    found += ["seeds"] if len(raw.get("seeds", [])) > 1 else []
+    if found:
+        raise RecipeError(
+            f"{who}: with train = false nothing is trained and bytes of membranes are counted from shapes, so "
+            f"{found[0]} has no effect; remove it, or train."
+        )
 
 
 def _choices(who: str, axis: str, raw: Any) -> tuple[Choice, ...]:
