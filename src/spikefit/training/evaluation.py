@@ -55,7 +55,7 @@ def evaluate(
     found = open_checkpoint(checkpoint)
     chosen = load_recipe(recipe if recipe is not None else found.state["recipe"])
     dataset = load_split(chosen, split)
-    fabric, model = _restored("evaluate", found, chosen, dataset)
+    fabric, model = restored("evaluate", found, chosen, dataset)
     with use_backend(chosen.backend):
         result = measure(
             model, dataset, fabric, build_encoding(chosen), build_loss(chosen), chosen.data.batch_size, chosen.seed
@@ -81,7 +81,7 @@ def predict(
     """
     found = open_checkpoint(checkpoint)
     chosen = load_recipe(recipe if recipe is not None else found.state["recipe"])
-    fabric, model = _restored("predict", found, chosen, None)
+    fabric, model = restored("predict", found, chosen, None)
     if isinstance(inputs, np.ndarray) and inputs.dtype.names is None:
         inputs = torch.from_numpy(inputs)
     if isinstance(inputs, Tensor):
@@ -193,7 +193,7 @@ def open_checkpoint(checkpoint: str | Path) -> Checkpoint:
     return load_checkpoint(checkpoint)
 
 
-def _restored(who: str, found: Checkpoint, recipe: Recipe, dataset: Dataset | None) -> tuple[Fabric, nn.Module]:
+def restored(who: str, found: Checkpoint, recipe: Recipe, dataset: Dataset | None) -> tuple[Fabric, nn.Module]:
     """A model of `recipe` with the weights of `found`, ready on its device."""
     fabric = make_fabric(who, recipe)
     model = build_model(recipe, dataset)
