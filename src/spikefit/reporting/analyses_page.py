@@ -6,7 +6,7 @@ from textwrap import fill
 from typing import Any
 
 from spikefit.reporting.page import Section, html_details, html_table
-from spikefit.reporting.plots import Plot, lines, plot
+from spikefit.reporting.plots import COLOURS, Plot, lines, plot
 from spikefit.reporting.study_file import Cell
 from spikefit.reporting.table import as_text, grid
 from spikefit.reporting.units import significant
@@ -105,9 +105,12 @@ def transfer_text(rows: Sequence[Row], width: int = 200) -> str:
 def transfer_section(rows: Sequence[Row]) -> Section:
     """The matrices as heat maps, with their numbers as tables."""
     plots, tables = [], []
+    values = [100 * row[key] for row in rows for key, _ in MATRICES if row[key] is not None]
+    limits = (min(values), max(values))
     for data, key, title in _matrices(rows):
         header, body = _matrix(rows, data, key)
-        plots.append(_heat_map(header[1:], body, f"{data}: {title}"))
+        # one scale for all, so that equal colours are equal numbers
+        plots.append(_heat_map(header[1:], body, f"{data}: {title}", limits))
         tables.append(f"<p>{title}</p>" + html_table(header, body))
     return Section("Transfer of weights", TRANSFER_NOTE, plots, html_details("As tables", "".join(tables)))
 
@@ -129,7 +132,7 @@ def _matrix(rows: Sequence[Row], data: str, key: str) -> tuple[tuple[str, ...], 
     return ("trained under", *variants), [(a, *(found[a, b] for b in variants)) for a in variants]
 
 
-def _heat_map(columns: Sequence[str], body: Sequence[Sequence[str]], title: str) -> Plot:
+def _heat_map(columns: Sequence[str], body: Sequence[Sequence[str]], title: str, limits: tuple[float, float]) -> Plot:
     trace = {
         "type": "heatmap",
         "x": list(columns),
@@ -137,7 +140,9 @@ def _heat_map(columns: Sequence[str], body: Sequence[Sequence[str]], title: str)
         "z": [[None if text == "–" else float(text.split(" ")[0]) for text in line[1:]] for line in body],
         "text": [list(line[1:]) for line in body],
         "texttemplate": "%{text}",
-        "colorscale": "Blues",
+        "zmin": limits[0],
+        "zmax": limits[1],
+        "colorscale": [[0, "#f3f6f9"], [1, COLOURS[4]]],
         "showscale": False,
         "xgap": 2,
         "ygap": 2,
@@ -227,7 +232,7 @@ def spike_rate_section(rows: Sequence[Row], names: Sequence[str]) -> Section:
     layers = list(dict.fromkeys(layer for _, rates in kept for layer in rates))
     curves = [[(i + 1, 100 * rates[one]) for i, one in enumerate(layers) if one in rates] for _, rates in kept]
     names = [name for name, _ in kept]
-    plots = lines(names, curves, "Spike rate", x="layer, from the input", y="neurons that fire [%]", unit=" %")
+    plots = lines(names, curves, "Spike rate", x="layer, from the input", y="per step [%]", unit=" %", coincide=False)
     if not plots:
         return Section("Spike rates")
     body = [(layer, *(_share(rates.get(layer)) for _, rates in kept)) for layer in layers]

@@ -159,41 +159,54 @@ def _ratios(row: Row, base: Row) -> dict[str, Any]:
 
 
 def membrane_tables(rows: Sequence[Row]) -> list[TextTable]:
-    """The tables of such a study: kept, peak, ratios, and the whole step."""
+    """The tables of such a study: forward, kept, peak, ratios, and the whole step."""
     names = [s for s in STRATEGIES if any(row["lif_backward_kept_bytes"][s] is not None for row in rows)]
     where = ("data", "variant")
-    kept = [
+
+    def body(keys: Sequence[str], by_key: bool = False) -> list[tuple[str, ...]]:
+        order = [(key, s) for key in keys for s in names] if by_key else [(key, s) for s in names for key in keys]
+        return [(*_place(row), *(_mb(row[key][s]) for key, s in order)) for row in rows]
+
+    return [
+        _forward_table(rows),
+        (
+            "Membranes kept for backward [MB]",
+            "By strategy, what neurons keep between forward and backward, packed spikes included: by formula, and "
+            "counted by saved-tensor hooks in a training step on tensors without values, for bptt what the plain torch "
+            "equation keeps inside neurons (u - threshold of every call; with a hard reset the spike too). integer is "
+            "counted on a grid, frac_bits = 16 where the neuron names none.",
+            (*where, *(text for s in names for text in (s, "counted"))),
+            body(["lif_backward_kept_bytes", "lif_backward_saved_bytes"]),
+        ),
+        (
+            "Membranes at the peak of backward [MB]",
+            "What is kept and, beside it, what the membrane that takes most is rebuilt into; by formula.",
+            (*where, *names),
+            body(["lif_backward_peak_bytes"]),
+        ),
+        *_ratio_tables(rows, names),
+        (
+            "The whole training step [MB]",
+            "What membranes are a part of, counted: all that is held between forward and backward, and then the "
+            "predicted peak, with the plain torch equation; weights, their gradients and the input apart.",
+            (*where, *names, *(f"{s} peak" for s in names)),
+            body(["step_saved_bytes", "step_predicted_peak_bytes"], by_key=True),
+        ),
+    ]
+
+
+def _forward_table(rows: Sequence[Row]) -> TextTable:
+    body: list[tuple[str, ...]] = [
         (
             *_place(row),
             _mb(row["lif_forward_bytes"]),
             _mb(row["state_bytes"]),
-            *(_mb(row[f"lif_backward_{key}_bytes"][s]) for s in names for key in ("kept", "saved")),
+            _times(row["ratios"] and row["ratios"]["forward"], 3),
         )
         for row in rows
     ]
-    peak = [(*_place(row), *(_mb(row["lif_backward_peak_bytes"][s]) for s in names)) for row in rows]
-    step = [
-        (*_place(row), *(_mb(row[key][s]) for key in ("step_saved_bytes", "step_predicted_peak_bytes") for s in names))
-        for row in rows
-    ]
-    tables: list[TextTable] = [
-        (
-            "Membranes: in forward, and kept for backward [MB]",
-            "forward: all membranes at one moment; counted: the tensors of init_state. By strategy: what neurons keep "
-            "between forward and backward, packed spikes included; counted: what saved-tensor hooks see in a training "
-            "step on tensors without values, for bptt what the plain torch equation keeps inside neurons (u - "
-            "threshold of every call). integer is counted on a grid, frac_bits = 16 where the neuron names none.",
-            (*where, "forward", "counted", *(text for s in names for text in (s, "counted"))),
-            kept,
-        ),
-        (
-            "Membranes: peak in backward [MB]",
-            "Kept bytes and, beside them, what the membrane that takes most is rebuilt into. By formula.",
-            (*where, *names),
-            peak,
-        ),
-    ]
-    return [*tables, *_ratio_tables(rows, names), _step_table(step, names)]
+    note = "All membranes at one moment: by formula, and counted in the tensors of init_state."
+    return "Membranes in forward [MB]", note, ("data", "variant", "forward", "counted", "times less"), body
 
 
 def _ratio_tables(rows: Sequence[Row], names: Sequence[str]) -> list[TextTable]:
@@ -201,7 +214,6 @@ def _ratio_tables(rows: Sequence[Row], names: Sequence[str]) -> list[TextTable]:
     body = [
         (
             *_place(row),
-            f"{row['ratios']['forward']:.3f}",
             *(_times(row["ratios"]["kept"][s]) for s in names),
             *(_times(row["ratios"]["peak"][s]) for s in names[1:]),
         )
@@ -213,29 +225,13 @@ def _ratio_tables(rows: Sequence[Row], names: Sequence[str]) -> list[TextTable]:
     bases = sorted({row["ratios"]["baseline"] for row in rows if row["ratios"]})
     return [
         (
-            "Membranes: times less than unshared and stored",
-            f"forward: to the forward of {' / '.join(bases)}; kept and peak: to what that variant keeps under bptt. "
-            "Down a column it is sharing that saves, along a row rebuilding: bptt stores, the others rebuild.",
-            (
-                "data",
-                "variant",
-                "forward",
-                *(f"{s} kept" for s in names),
-                *(f"{s} peak" for s in names[1:]),
-            ),
+            "Membranes in backward: times less than unshared and stored",
+            f"What {' / '.join(bases)} keeps under bptt, divided by what the variant keeps, and then by its peak. Down "
+            "a column it is sharing that saves; along a row it is rebuilding: bptt stores, the others rebuild.",
+            ("data", "variant", *names, *(f"{s} peak" for s in names[1:])),
             body,
         )
     ]
-
-
-def _step_table(body: list[tuple[str, ...]], names: Sequence[str]) -> TextTable:
-    return (
-        "The whole training step [MB]",
-        "What the membranes are a part of: all that is held between forward and backward, and the predicted peak; "
-        "weights, their gradients and the input apart.",
-        ("data", "variant", *(f"{s} held" for s in names), *(f"{s} peak" for s in names)),
-        body,
-    )
 
 
 def membrane_caption(rows: Sequence[Row]) -> str:
@@ -273,5 +269,5 @@ def _mb(count: int | None) -> str:
     return "–" if count is None else f"{count / MB:,.3f}"
 
 
-def _times(ratio: float | None) -> str:
-    return "–" if ratio is None else f"{ratio:.2f}"
+def _times(ratio: float | None, decimals: int = 2) -> str:
+    return "–" if ratio is None else f"{ratio:.{decimals}f}"
