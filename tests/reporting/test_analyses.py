@@ -13,8 +13,9 @@ from spikefit.layers import BatchNorm
 from spikefit.models import create_model
 from spikefit.reporting import study
 from spikefit.reporting.analyses import firing, prune_weights, reestimate_statistics
-from spikefit.training import build_data, build_model, evaluate, load_recipe
+from spikefit.training import build_data, build_loss, build_model, evaluate, load_recipe
 from spikefit.training.build import make_fabric
+from spikefit.training.evaluation import measure
 
 RECIPE = """
 [recipe]
@@ -200,7 +201,8 @@ def test_pruning_takes_the_smallest_of_all_layers():
 def test_firing_counts_neurons_of_known_currents(share):
     """Weight 0, so the bias of the norm is the current: half of the first layer fires, in step 2 only."""
     recipe = load_recipe({"data": {"name": "digits"}, "model": "har_mlp"})
-    model = create_model("har_mlp", input_shape=(64,), hidden=4, layers=3, norm="step_bn", share=share).eval()
+    options = {"input_shape": (64,), "num_classes": 10, "hidden": 4, "layers": 3, "norm": "step_bn"}
+    model = create_model("har_mlp", **options, share=share).eval()
     with torch.no_grad():
         for unit in (model.blocks[0], model.blocks[1], model.blocks[2]):
             unit.synapse.weight.zero_()
@@ -220,6 +222,9 @@ def test_firing_counts_neurons_of_known_currents(share):
     # layers 1 and 2 use one membrane, whose first number is used
     assert found["membranes_used"] == (0.25 if share == "none" else 3 / 8)
     assert found["lif_forward_bytes"] == 4 * (12 if share == "none" else 8)
+    # half of the first layer in one step of two; a stage that runs step by step counts steps, not calls
+    rates = measure(model, data.test, fabric, encoding, build_loss(recipe), 100, 0)["spike_rates"]
+    assert rates == {"blocks.0": 0.25, "blocks.1": 0.25, "blocks.2": 0.0}
 
 
 @pytest.mark.parametrize(
