@@ -137,11 +137,17 @@ def test_mean_and_spread_have_known_values():
         "environment": {"device": "cpu"},
     }
     records = {
-        str(i): {**record, "accuracy": value, "history": [{"epoch": 1, "test_accuracy": value, "note": "x"}]}
+        str(i): {
+            **record,
+            "accuracy": value,
+            "spike_rates": {"a": value / 2},
+            "history": [{"epoch": 1, "test_accuracy": value, "note": "x"}],
+        }
         for i, value in enumerate((0.5, 0.75, 1.0))
     }
     (row,) = summarise(cells, records, {})
     assert (row["accuracy"], row["accuracy_spread"], row["loss_spread"], row["n"]) == (0.75, 0.25, 0.0, 3)
+    assert row["spike_rates"] == {"a": 0.375}
     assert row["history"] == [{"epoch": 1.0, "test_accuracy": 0.75}]
 
 

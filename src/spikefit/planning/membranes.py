@@ -42,6 +42,7 @@ class _Membrane:
     """One membrane and its calls, with the equation of the neurons that use it."""
 
     size: int
+    channels: int
     bytes_each: int
     layers: int
     groups: int
@@ -105,6 +106,7 @@ def _membranes(network: SpikingNetwork, currents: Currents, dtype: torch.dtype) 
             found.append(
                 _Membrane(
                     size=pixels * channels // neuron.groups,
+                    channels=channels // neuron.groups,
                     bytes_each=dtype.itemsize,
                     layers=len(layers),
                     groups=neuron.groups,
@@ -138,7 +140,8 @@ def _integer(m: _Membrane, dtype: torch.dtype) -> tuple[int, int]:
     if shift is None or not m.soft or shift > max(BITS):
         raise StrategyError("integer: it needs leak = 2^-m, at least 1/256, and a soft reset.")
     digits = next(bits for bits in BITS if bits >= shift)
-    return m.bytes + m.calls * m.size * digits // 8, 2 * m.bytes
+    rows = m.calls * m.size // m.channels
+    return m.bytes + rows * packed_length(m.channels, digits), 2 * m.bytes
 
 
 @contextmanager

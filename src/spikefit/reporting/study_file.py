@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spikefit.errors import RecipeError
+from spikefit.errors import DataError, RecipeError
+from spikefit.training.files import write_json
 
-KEYS = ("recipe", "seeds", "set", "memory", "variants", "data")
+KEYS = ("recipe", "seeds", "set", "train", "memory", "transfer", "pruning", "variants", "data")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,10 @@ class StudyFile:
         recipe: path of the recipe all cells start from, or the recipe itself as a dict.
         seeds: one run of every cell per seed.
         set: recipe keys set in all cells.
+        train: whether cells are trained; if not, only bytes of their membranes are counted.
         memory: whether saved bytes and peak are measured too, once per variant and data set.
+        transfer: whether the weights of every variant are evaluated under every other one.
+        pruning: shares of weights that are set to zero in trained models, in [0, 1); empty for none.
         variants, data: the two axes of the table.
         text: the file itself.
     """
@@ -40,7 +44,10 @@ class StudyFile:
     recipe: Path | dict[str, Any]
     seeds: tuple[int, ...]
     set: dict[str, Any]
+    train: bool
     memory: bool
+    transfer: bool
+    pruning: tuple[float, ...]
     variants: tuple[Choice, ...]
     data: tuple[Choice, ...]
     text: str
@@ -62,10 +69,11 @@ def read_study(path: str | Path) -> StudyFile:
 
     Args:
         path: TOML with recipe (path relative to the study file, or a table), and optionally seeds (default [0]),
-            set, memory, [[variants]] and [[data]] of name and set.
+            set, train (default true), memory, transfer, pruning, [[variants]] and [[data]] of name and set.
 
     Raises:
-        RecipeError: no such file, no TOML, an unknown or missing key, a wrong type, or a name or seed used twice.
+        RecipeError: no such file, no TOML, an unknown or missing key, a wrong type, a name or seed used twice, or a
+            key without effect.
     """
     path = Path(path)
     try:
@@ -87,16 +95,26 @@ def read_study(path: str | Path) -> StudyFile:
         raise RecipeError(f"{who}: expected seeds as a list of whole numbers such as [0, 1, 2], got {seeds!r}.")
     if len(set(seeds)) < len(seeds):
         raise RecipeError(f"{who}: every seed counts once, got {seeds}; remove the repeated ones.")
-    memory = raw.get("memory", False)
-    if type(memory) is not bool:
-        raise RecipeError(f"{who}: expected memory = true or false, got {memory!r}.")
+    train, memory = _switch(who, raw, "train", default=True), _switch(who, raw, "memory")
+    transfer, pruning = _switch(who, raw, "transfer"), _shares(who, raw.get("pruning", []))
+    variants = _choices(who, "variants", raw.get("variants", []))
+    if not train:
+        _check_untrained(who, raw)
+    if transfer and len(variants) < 2:
+        raise RecipeError(
+            f"{who}: transfer = true evaluates the weights of one variant under another, and there are "
+            f"{len(variants)} [[variants]]; give two or more, or remove it."
+        )
     return StudyFile(
         path.stem,
         recipe,
         tuple(seeds),
         _settings(who, "set", raw.get("set", {})),
+        train,
         memory,
-        _choices(who, "variants", raw.get("variants", [])),
+        transfer,
+        pruning,
+        variants,
         _choices(who, "data", raw.get("data", [])),
         text,
     )
@@ -120,7 +138,8 @@ def make_cells(study: StudyFile, load: Callable[[Any], Any]) -> list[Cell]:
             for seed in study.seeds:
                 recipe = base.override({**study.set, **data.set, **variant.set, "seed": seed})
                 content = recipe.to_dict()
-                cell = Cell(variant.name, data.name or str(content["data"]["name"]), seed, recipe, recipe_key(content))
+                rows = data.name or str(content["data"].get("name", "no data"))
+                cell = Cell(variant.name, rows, seed, recipe, recipe_key(content))
                 label = f"{cell.variant} / {cell.data}"
                 if cell.key in taken:
                     raise RecipeError(
@@ -136,6 +155,51 @@ def recipe_key(recipe: dict[str, Any]) -> str:
     """16 hexadecimal digits that change with any setting of the recipe, and not with the order of keys or `status`."""
     settings = {name: value for name, value in recipe.items() if name != "status"}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _switch(who: str, raw: dict[str, Any], key: str, *, default: bool = False) -> bool:
+    value = raw.get(key, default)
+    if type(value) is not bool:
+        raise RecipeError(f"{who}: expected {key} = true or false, got {value!r}.")
+    return value
+
+
+def _shares(who: str, raw: Any) -> tuple[float, ...]:
+    fits = isinstance(raw, list) and all(type(one) in (int, float) and 0 <= one < 1 for one in raw)
+    if not fits or len(set(raw)) < len(raw):
+        raise RecipeError(
+            f"{who}: expected pruning as a list of different shares of weights from 0 to below 1, such as "
+            f"[0.0, 0.5, 0.9], got {raw!r}."
+        )
+    return tuple(map(float, raw))
+
+
+def _check_untrained(who: str, raw: dict[str, Any]) -> None:
+    """Refuse keys that have no effect where nothing is trained."""
+    found = [key for key in ("memory", "transfer", "pruning") if raw.get(key)]
+    found += ["seeds"] if len(raw.get("seeds", [])) > 1 else []
+    if found:
+        raise RecipeError(
+            f"{who}: with train = false nothing is trained and bytes of membranes are counted from shapes, so "
+            f"{found[0]} has no effect; remove it, or train."
+        )
+
+
+def once(file: Path, cell: Cell, run: Callable[[], dict[str, Any]], *, again: bool = False) -> dict[str, Any]:
+    """What `file` holds of `cell`, made by `run` if there is no such file or it is to be made `again`.
+
+    Raises:
+        DataError: the file is damaged, or of another recipe.
+    """
+    if again or not file.exists():
+        write_json(file, {"recipe": cell.recipe.to_dict(), "result": run()})
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if recipe_key(stored["recipe"]) == cell.key:
+            return stored["result"]
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise DataError(f"study: {file} is damaged or was edited; delete it and start the study again to repeat that run.")
 
 
 def _choices(who: str, axis: str, raw: Any) -> tuple[Choice, ...]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from spikefit.reporting.analyses_page import spike_rate_section
 from spikefit.reporting.page import Section, html_details, html_facts, html_table, render
 from spikefit.reporting.plots import COLOURS, Plot, lines, plot
 from spikefit.reporting.table import as_text, conditions, grid
@@ -46,7 +47,13 @@ def study_caption(rows: Sequence[Row]) -> str:
     return f"Mean ± sample standard deviation over seeds {', '.join(map(str, seeds))}.{at}"
 
 
-def study_page(name: str, rows: Sequence[Row], environments: Sequence[dict[str, Any]], source: str) -> str:
+def study_page(
+    name: str,
+    rows: Sequence[Row],
+    environments: Sequence[dict[str, Any]],
+    source: str,
+    analyses: Sequence[Section] = (),
+) -> str:
     """The page of a study as one string of HTML.
 
     Args:
@@ -54,6 +61,7 @@ def study_page(name: str, rows: Sequence[Row], environments: Sequence[dict[str, 
         rows: what `study` returns.
         environments: where the runs were made; different ones are all listed.
         source: text of the study file.
+        analyses: further sections.
     """
     header, body = study_cells(rows)
     several = len({row["data"] for row in rows}) > 1
@@ -74,6 +82,8 @@ def study_page(name: str, rows: Sequence[Row], environments: Sequence[dict[str, 
             "Test accuracy after every epoch, mean over seeds.",
             lines(names, curves, "Test accuracy", x="epoch", y="correct [%]", unit=" %", zero=False, coincide=False),
         ),
+        spike_rate_section(rows, names),
+        *analyses,
         Section("Settings", html=_settings(environments, source)),
     ]
     runs = sum(row["n"] for row in rows)

@@ -55,7 +55,7 @@ def evaluate(
     found = open_checkpoint(checkpoint)
     chosen = load_recipe(recipe if recipe is not None else found.state["recipe"])
     dataset = load_split(chosen, split)
-    fabric, model = _restored("evaluate", found, chosen, dataset)
+    fabric, model = restored("evaluate", found, chosen, dataset)
     with use_backend(chosen.backend):
         result = measure(
             model, dataset, fabric, build_encoding(chosen), build_loss(chosen), chosen.data.batch_size, chosen.seed
@@ -81,7 +81,7 @@ def predict(
     """
     found = open_checkpoint(checkpoint)
     chosen = load_recipe(recipe if recipe is not None else found.state["recipe"])
-    fabric, model = _restored("predict", found, chosen, None)
+    fabric, model = restored("predict", found, chosen, None)
     if isinstance(inputs, np.ndarray) and inputs.dtype.names is None:
         inputs = torch.from_numpy(inputs)
     if isinstance(inputs, Tensor):
@@ -132,12 +132,12 @@ def measure(
             sums[3] += len(inputs)
     model.train(was_training)
     names = list(rates)
-    values = torch.stack([rates[n] for n in names]).cpu() if names else torch.zeros(0)
+    values = torch.stack([rates[n] for n in names]).cpu() if names else torch.zeros(0, 2)
     if fabric.world_size > 1:
         sums = _summed(fabric, sums)
         values = _summed(fabric, values)
     samples, labels = int(sums[3]), max(1.0, float(sums[2]))
-    per_layer = {name: float(v) / samples for name, v in zip(names, values, strict=True)}
+    per_layer = {name: float(v[0]) / max(1.0, float(v[1])) for name, v in zip(names, values, strict=True)}
     return {
         "accuracy": float(sums[1]) / labels,
         "loss": float(sums[0]) / labels,
@@ -154,21 +154,24 @@ def time_first(targets: Tensor) -> Tensor:
 
 @contextmanager
 def _spike_rates(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Collect layer -> sum over samples of the mean spike rate, while the block runs."""
+    """Collect layer -> [sum over samples and steps of the mean spike rate, their number], while the block runs."""
     rates: dict[str, Tensor] = {}
     handles = []
 
     def collect(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             spikes = output[0]
-            rates[name] = rates.get(name, 0.0) + spikes.mean(dtype=torch.float32).double() * spikes.shape[1]
+            # a stage that shares a membrane calls its neurons step by step
+            count = spikes.shape[0] * spikes.shape[1]
+            rate = spikes.mean(dtype=torch.float32).double()
+            rates[name] = rates[name].to(rate.device) + torch.stack([rate * count, torch.full_like(rate, count)])
 
         return hook
 
     for name, module in model.named_modules():
         if isinstance(module, SpikingNeuron):
             layer = name.removesuffix(".neuron")
-            rates[layer] = torch.zeros((), dtype=torch.float64)
+            rates[layer] = torch.zeros(2, dtype=torch.float64)
             handles.append(module.register_forward_hook(collect(layer)))
     try:
         # the forward does not depend on the strategy, but units that pack do not call their neurons
@@ -193,7 +196,7 @@ def open_checkpoint(checkpoint: str | Path) -> Checkpoint:
     return load_checkpoint(checkpoint)
 
 
-def _restored(who: str, found: Checkpoint, recipe: Recipe, dataset: Dataset | None) -> tuple[Fabric, nn.Module]:
+def restored(who: str, found: Checkpoint, recipe: Recipe, dataset: Dataset | None) -> tuple[Fabric, nn.Module]:
     """A model of `recipe` with the weights of `found`, ready on its device."""
     fabric = make_fabric(who, recipe)
     model = build_model(recipe, dataset)
