@@ -8,20 +8,19 @@ import torch
 from torch import nn
 
 from spikefit.errors import StateError, StrategyError
-from spikefit.layers import ResidualBlock, SpikingConv2d, SpikingLinear
+from spikefit.layers import Readout, SpikingConv2d, SpikingLinear, rebuilt
 from spikefit.layers.packed import PackedSpikes
 from spikefit.layers.rebuilt import Rebuild, inverse_error, safe_anchor_every
 from spikefit.layers.shared import SharedStage
 from spikefit.layers.unit import Layer
-from spikefit.models import create_model, use_strategy
+from spikefit.models import SpikingNetwork, create_model, use_strategy
 from spikefit.neurons import LIF, ParametricLIF
 from spikefit.ops.lif import lif
 from spikefit.ops.lif import reference as lif_reference
 from spikefit.ops.lif.equation import Equation
 from spikefit.ops.lif.reference import undo
 from spikefit.ops.surrogate import atan, rect, sigmoid
-from spikefit.planning.memory import saved_bytes
-from support import assert_close, assert_same_spikes, dyadic
+from support import assert_close, assert_same_spikes, dyadic, saved_bytes
 
 # input of the four calls, leak 1/4, threshold 1; u, s and v worked out by hand
 TRACE = [1.25, 0.75, 1.0, 0.625]
@@ -312,16 +311,15 @@ def test_a_step_equals_that_of_bptt(share, name, strategy, neuron):
     assert_same_step(step_of(name, share, neuron, strategy, **options), wanted, 1e-10)
 
 
-@pytest.mark.parametrize("share", SHARES)
-def test_the_neurons_of_these_steps_fire(share):
-    for name, cases in EXACT.items():
-        for neuron in {neuron for _, neuron in cases}:
-            model, rates = small(name, share, neuron), []
-            for module in model.modules():
-                if isinstance(module, LIF | ParametricLIF):
-                    module.register_forward_hook(lambda m, i, out: rates.append(float(out[0].mean())))
-            model(torch.randn(5, 2, *model.input_shape, dtype=torch.float64))
-            assert 0.1 < sum(rates) / len(rates) < 0.7, (name, neuron)
+@pytest.mark.parametrize("name", EXACT)
+def test_the_neurons_of_these_steps_fire(name):
+    for neuron in {neuron for _, neuron in EXACT[name]}:
+        model, rates = small(name, "layer_channel", neuron), []
+        for module in model.modules():
+            if isinstance(module, LIF | ParametricLIF):
+                module.register_forward_hook(lambda m, i, out: rates.append(float(out[0].detach().mean())))
+        model(torch.randn(3, 2, *model.input_shape, dtype=torch.float64))
+        assert 0.1 < sum(rates) / len(rates) < 0.7, neuron
 
 
 @pytest.mark.parametrize(("strategy", "neuron"), [("replay", "soft"), ("inverse:3", "soft"), ("integer", "grid")])
@@ -346,21 +344,67 @@ def test_one_step_and_one_sample(share, T, B, strategy, neuron):
     assert_same_step(step_of("har_mlp", share, neuron, strategy, **options), wanted, 1e-10)
 
 
+@pytest.mark.parametrize("norm", ["bn", "tdbn"])
 @pytest.mark.parametrize("share", ["none", "channel"])
-def test_replay_takes_norms_over_the_sequence(share):
-    for norm in ("bn", "tdbn"):
-        wanted = step_of("har_mlp", share, "soft", "bptt", norm=norm)
-        assert_same_step(step_of("har_mlp", share, "soft", "replay", norm=norm), wanted, 1e-10)
+def test_replay_takes_norms_over_the_sequence(share, norm):
+    results = []
+    for strategy in ("bptt", "replay"):
+        model = small("har_mlp", share, norm=norm, strategy=strategy)
+        torch.manual_seed(1)
+        x = torch.randn(6, 3, 9, dtype=torch.float64, requires_grad=True)
+        logits = model(x)
+        names = ["x", *(key for key, _ in model.named_parameters())]
+        gradients = torch.autograd.grad(logits.square().sum(), [x, *model.parameters()])
+        results.append(([logits.detach()], dict(zip(names, gradients, strict=True)), dict(model.named_buffers())))
+    assert_same_step(results[1], results[0], 1e-10)
+
+
+def rebuilt_membranes(monkeypatch, name, share, strategy, T, dtype):
+    """(membranes before every call in forward, the same as backward got them back), in the order of forward."""
+    before, back = [], []
+    neuron = "grid" if strategy == "integer" else "soft"
+    forward, backward = rebuilt.lif, rebuilt.undo
+
+    def noted(x, v, **options):
+        before.append(v.clone())
+        return forward(x, v, **options)
+
+    def noted_back(*args, **options):
+        back.append(backward(*args, **options))
+        return back[-1]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rebuilt, "lif", noted)
+        patched.setattr(rebuilt, "undo", noted_back)
+        step_of.__wrapped__(name, share, neuron, strategy, T=T, dtype=dtype)
+    return before, back[::-1]
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("name", ["vgg16", "resnet19", "har_mlp"])
+def test_the_grid_gives_every_membrane_back_to_the_bit_in_single_precision(monkeypatch, name, share):
+    """One current that is rounded to another step of the grid would show, and grow fourfold with every call."""
+    layers, T = {"vgg16": (13, 4), "resnet19": (17, 4), "har_mlp": (3, 12)}[name]
+    before, back = rebuilt_membranes(monkeypatch, name, share, "integer", T, torch.float32)
+    assert len(before) == len(back) == layers * SHARES[share] * T
+    assert sum(int((a != b).sum()) for a, b in zip(before, back, strict=True)) == 0
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_anchors_of_every_call_leave_the_error_of_one_inversion(monkeypatch, share):
+    before, back = rebuilt_membranes(monkeypatch, "har_mlp", share, "inverse:1", 6, torch.float32)
+    errors = [(a - b).abs().max() for a, b in zip(before, back, strict=True)]
+    assert len(errors) == 3 * 6 * SHARES[share]
+    assert 0 < max(errors) < 2 * inverse_error(2, 0.25, 8, torch.float32)
 
 
 @pytest.mark.parametrize(("strategy", "neuron"), [("replay", "soft"), ("inverse:4", "soft"), ("integer", "grid")])
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("name", ["vgg16", "har_mlp"])
 def test_single_precision(name, share, strategy, neuron):
-    """On the grid rounding of a recomputed current would grow with every call; that there is none shows here."""
-    options = {"T": 8 if name == "har_mlp" else 5, "dtype": torch.float32}
+    options = {"T": 8 if name == "har_mlp" else 5, "B": 4, "dtype": torch.float32}
     wanted = step_of(name, share, neuron, "bptt", **options)
-    tolerance = 2e-3 if strategy == "inverse:4" else 2e-5
+    tolerance = 1e-3 if strategy == "inverse:4" else 2e-5
     assert_same_step(step_of(name, share, neuron, strategy, **options), wanted, tolerance)
 
 
@@ -372,5 +416,314 @@ def test_under_autocast_the_casts_are_repeated(share, strategy, neuron):
         wanted = step_of(name, share, neuron, "bptt", **options)
         plain = step_of(name, share, neuron, "bptt", **options | {"autocast": False})
         assert not torch.equal(wanted[0][0], plain[0][0]), "autocast must show"
-        tolerance = 5e-3 if strategy == "inverse:4" else 1e-3
+        # gradients of weights are rounded to bfloat16, by 2^-9: once per call, so by step here and by sequence in bptt
+        tolerance = 1e-3 if strategy == "replay" else 2**-7
         assert_same_step(step_of(name, share, neuron, strategy, **options), wanted, tolerance)
+
+
+def dense_stage(share, neuron=None, *, layers=3, width=12, norm="step_bn", pool=None):
+    """Blocks of a stage, and one more before it that hands packed spikes on."""
+    torch.manual_seed(0)
+    groups = SHARES[share]
+    neuron = neuron or (lambda: LIF(tau=4 / 3, v_threshold=0.5))
+    units = []
+    for _ in range(layers + 1):
+        one = neuron()
+        one.groups = groups
+        units.append(SpikingLinear(width, width, norm=norm, neuron=one))
+    whole = share in ("layer", "layer_channel")
+    first = SharedStage(units[:1], name="first", one_membrane=whole)
+    return first, SharedStage(units[1:], name="rest", one_membrane=whole), units
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_stages_hand_packed_spikes_on(share):
+    x = torch.randn(5, 3, 12)
+    results = []
+    for packed in (True, False):
+        first, rest, units = dense_stage(share)
+        between, _ = first(x, packed=packed, rebuild=Rebuild())
+        assert isinstance(between, PackedSpikes) is packed
+        if packed:
+            # one bit each: what the next stage keeps of its input is what the first one owns
+            own = between.bits.untyped_storage().nbytes()
+            assert own == 5 * 3 * 2
+        out, v = rest(between, packed=packed, rebuild=Rebuild())
+        out = out.dense() if packed else out
+        parameters = [p for unit in units for p in unit.parameters()]
+        v = v if isinstance(v, tuple) else (v,)
+        loss = out.square().sum() + sum(one.sum() for one in v)
+        results.append([out.detach(), *torch.autograd.grad(loss, parameters)])
+    assert 0.05 < results[0][0].mean() < 0.95
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("pool", ["max", "avg"])
+@pytest.mark.parametrize("strategy", ["replay", "inverse", "integer"])
+def test_pools_inside_a_stage(strategy, pool):
+    """Layers that keep their own membranes may differ in shape."""
+    results = []
+    for rebuild in (None, STRATEGIES[strategy]):
+        torch.manual_seed(0)
+        grid = {"frac_bits": 16} if strategy == "integer" else {}
+        neurons = [LIF(tau=4 / 3, v_threshold=0.5, groups=2, **grid) for _ in range(3)]
+        options = {"norm": "step_bn"}
+        units = [
+            SpikingConv2d(3, 4, neuron=neurons[0], pool=pool, **options),
+            SpikingConv2d(4, 6, neuron=neurons[1], pool=pool, **options),
+            SpikingConv2d(6, 4, neuron=neurons[2], **options),
+        ]
+        units = [unit.double() for unit in units]
+        stage = SharedStage(units, one_membrane=False)
+        assert stage.shapes((3, 9, 8)) == [(4, 9, 8), (6, 4, 4), (4, 2, 2)]
+        x = torch.randn(4, 2, 3, 9, 8, dtype=torch.float64, requires_grad=True)
+        out, v = stage(x, rebuild=rebuild)
+        assert [one.shape[1:] for one in v] == [(2, 9, 8), (3, 4, 4), (2, 2, 2)]
+        loss = (out * torch.randn(out.shape, dtype=torch.float64)).sum() + sum(one.square().sum() for one in v)
+        inputs = [x, *(p for unit in units for p in unit.parameters())]
+        results.append(([out.detach()], dict(enumerate(torch.autograd.grad(loss, inputs))), {}))
+    assert_same_step(results[1], results[0], 1e-10)
+
+
+@pytest.mark.parametrize("strategy", ["replay", "inverse", "integer"])
+@pytest.mark.parametrize("share", SHARES)
+def test_contract_of_backward(share, strategy):
+    grid = {"frac_bits": 16} if strategy == "integer" else {}
+    _, stage, units = dense_stage(share, lambda: LIF(v_threshold=0.5, **grid))
+    parameters = [p for unit in units[1:] for p in unit.parameters()]
+    x = torch.randn(4, 3, 12, requires_grad=True)
+    rebuild = STRATEGIES[strategy]
+
+    def loss():
+        out, v = stage(x, rebuild=rebuild)
+        return out.square().sum() + sum(one.sum() for one in (v if isinstance(v, tuple) else (v,)))
+
+    # a graph that is kept gives the same gradient twice, one that is not is gone
+    value = loss()
+    once, twice = (torch.autograd.grad(value, [x, *parameters], retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+    value.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        value.backward()
+    # gradients add up
+    for p in [x, *parameters]:
+        p.grad = None
+    for _ in range(2):
+        loss().backward()
+    for p, g in zip([x, *parameters], once, strict=True):
+        torch.testing.assert_close(p.grad, 2 * g, rtol=1e-5, atol=1e-6)
+    with pytest.raises(StrategyError, match=rf"{strategy}: .*no second derivative.*strategy='bptt'"):
+        torch.autograd.grad(loss(), x, create_graph=True)
+    # hooks of parameters and of what goes in and out run
+    seen = []
+    parameters[0].register_post_accumulate_grad_hook(lambda p: seen.append("parameter"))
+    out, v = stage(x, rebuild=rebuild)
+    out.register_hook(lambda g: seen.append("out"))
+    out.sum().backward()
+    assert seen == ["out", "parameter"]
+    # an unused result has no gradient, membranes alone have one
+    last = stage(x, rebuild=rebuild)[1]
+    last = last[-1] if isinstance(last, tuple) else last
+    assert torch.autograd.grad(last.square().sum(), x)[0].abs().max() > 0
+    with torch.no_grad():
+        assert not stage(x, rebuild=rebuild)[0].requires_grad
+
+
+@pytest.mark.parametrize("strategy", ["bptt", "replay", "inverse", "integer"])
+@pytest.mark.parametrize("share", ["layer", "layer_channel"])
+def test_inputs_and_parameters_without_gradient(share, strategy):
+    grid = {"frac_bits": 16} if strategy == "integer" else {}
+    gradients = []
+    for frozen in (False, True):
+        _, stage, units = dense_stage(share, lambda: LIF(v_threshold=0.5, **grid))
+        torch.manual_seed(1)
+        x = torch.randn(4, 3, 12, requires_grad=not frozen)
+        for p in units[2].parameters():
+            p.requires_grad_(not frozen)
+        stage(x, rebuild=STRATEGIES[strategy])[0].square().sum().backward()
+        assert (x.grad is None) is frozen
+        assert all((p.grad is None) is frozen for p in units[2].parameters())
+        gradients.append([p.grad for unit in (units[1], units[3]) for p in unit.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_other_runs_in_one_autocast_keep_their_gradients():
+    """What a rebuilt stage casts without a graph must not be what plain autograd finds in the cache of autocast."""
+    _, stage, units = dense_stage("layer")
+    x = torch.randn(4, 3, 12)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stage(x, rebuild=Rebuild())
+        out, _ = stage(x)
+    out.float().square().sum().backward()
+    for unit in units[1:]:
+        assert unit.synapse.weight.grad is not None
+        assert unit.synapse.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("v_reset", [None, 0.0], ids=["soft", "hard"])
+@pytest.mark.parametrize("share", SHARES)
+def test_smooth_twin_of_a_stage_by_finite_differences(monkeypatch, share, v_reset):
+    """With the primitive of the surrogate in place of the step the whole stage is a smooth function."""
+    surrogate = sigmoid(4)
+    monkeypatch.setattr(lif_reference, "fire", lambda u, theta, equation: equation.surrogate.primitive(u - theta))
+    options = {"v_reset": v_reset, "detach_reset": False, "surrogate": surrogate, "backend": "reference"}
+    _, stage, units = dense_stage(share, lambda: ParametricLIF(**options), layers=2, width=4, norm="none")
+    for unit in units:
+        unit.double()
+    x = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
+    names = [f"{i}.{key}" for i, unit in enumerate(units[1:]) for key, _ in unit.named_parameters()]
+    parameters = [p.detach().requires_grad_() for unit in units[1:] for p in unit.parameters()]
+
+    def run(x, *values):
+        named = dict(zip(names, values, strict=True))
+        calls = nn.ModuleList(units[1:])
+        made = {}
+
+        class Call(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.units = calls
+
+            def forward(self, x):
+                made["out"], made["v"] = stage(x)
+                return made["out"]
+
+        torch.func.functional_call(Call(), {f"units.{key}": value for key, value in named.items()}, (x,))
+        return made["out"], *(made["v"] if isinstance(made["v"], tuple) else (made["v"],))
+
+    assert torch.autograd.gradcheck(run, (x, *parameters))
+
+
+UNDONE = (4, 5, 9, 14, 19)
+# largest |u_rebuilt - u| that was measured: 20,000 neurons, threshold 1, gain 1, input N(0, 1)
+MEASURED = {
+    (0.25, torch.float32): (4e-5, 2e-4, 4e-2, 4e1, 4e4),
+    (0.5, torch.float32): (5e-6, 1e-5, 2e-4, 5e-3, 0.2),
+    (0.9, torch.float32): (3e-6, 3e-6, 5e-6, 1e-5, 2e-5),
+    (0.25, torch.float64): (7e-14, 3e-13, 7e-11, 7e-8, 7e-5),
+}
+
+
+@pytest.mark.parametrize(("leak", "dtype"), MEASURED, ids=str)
+def test_error_of_the_inverse_against_calls_undone(leak, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 20_000, generator=generator, dtype=dtype)
+    v, charged, fired = torch.zeros_like(x[0]), [], []
+    for x_k in x:
+        u = leak * v + x_k
+        s, v = lif(x_k[None, None], v[None], leak=leak)
+        v, s = v[0], s[0, 0]
+        assert torch.equal(v, u - s)
+        charged.append(u)
+        fired.append(s)
+    largest = max(float(u.abs().max()) for u in charged)
+    assert {0.25: 4, 0.5: 4, 0.9: 7}[leak] < largest < {0.25: 6.5, 0.5: 8, 0.9: 14}[leak]
+    errors = [0.0]
+    for k in range(59, 59 - max(UNDONE), -1):
+        v = undo(x[k], v, fired[k], leak=leak, gain=1.0, v_threshold=1.0, equation=soft())
+        errors.append(float((v + fired[k - 1] - charged[k - 1]).abs().max()))
+    for j, known in zip(UNDONE, MEASURED[leak, dtype], strict=True):
+        bound = inverse_error(j, leak, largest, dtype)
+        assert bound / 20 < errors[j] <= bound, j
+        assert known / 3 < errors[j] < 3 * known, j
+
+
+def test_distances_of_anchors_that_are_safe():
+    leaks = (0.25, 0.5, 0.75, 0.9)
+    # calls that may be undone, and the one whose membrane is kept
+    for dtype, undone in ((torch.float32, (5, 10, 21, 50)), (torch.float64, (19, 39, 91, 241))):
+        for leak, j in zip(leaks, undone, strict=True):
+            assert safe_anchor_every(leak, 8.0, dtype) == j + 1
+            assert inverse_error(j, leak, 8.0, dtype) <= 1e-3 < inverse_error(j + 1, leak, 8.0, dtype)
+            assert Rebuild("inverse").distance(leak, dtype) == j + 1
+    for dtype in (torch.bfloat16, torch.float16):
+        assert [safe_anchor_every(leak, 8.0, dtype) for leak in leaks] == [1] * 4
+    assert Rebuild("inverse", 3).distance(0.25, torch.float32) == 3
+    assert inverse_error(7, 1.0, 8.0, torch.float32) == 7 * 8 / 2**24
+    assert inverse_error(0, 0.25, 8.0, torch.float32) == 0
+    assert [safe_anchor_every(leak, 8.0, torch.float32) for leak in (0.0, 1.5)] == [1, 1]
+    # a loosened tolerance, and a larger membrane
+    assert safe_anchor_every(0.25, 8.0, torch.float32, 1.0) > 6 > safe_anchor_every(0.25, 800.0, torch.float32)
+
+
+def three(strategy, *, share="layer", norm="step_bn", neuron=None, dtype=torch.float32, stages=((0, 0), (1, 2))):
+    torch.manual_seed(0)
+    groups = SHARES[share]
+    neuron = {"name": "lif", "tau": 4 / 3} | (neuron or {})
+    blocks = [SpikingLinear(8, 8, norm=norm, neuron=neuron) for _ in range(3)]
+    stages = stages if share.startswith("layer") else ()
+    model = SpikingNetwork(
+        [*blocks, Readout(8, 3)], input_shape=(8,), share=share, groups=groups, stages=stages, strategy="bptt"
+    )
+    return use_strategy(model.to(dtype), strategy)
+
+
+def test_the_inverse_refuses_distances_that_are_not_safe():
+    assert str(three("inverse:6").strategy) == "inverse:6"
+    with pytest.raises(StrategyError, match=r"blocks\.0.*undo up to 6 calls at leak=0\.25, .*\|u\| up to 8 ") as told:
+        three("inverse:7")
+    for text in ("above the 0.001 accepted", "largest safe anchor_every is 6", "strategy='inverse:N'", "'replay'"):
+        assert text in str(told.value)
+    three("inverse:7,0.01")
+    three("inverse:7", neuron={"tau": 2.0})
+    three("inverse:20", dtype=torch.float64)
+    with pytest.raises(StrategyError, match=r"largest safe anchor_every is 20 .*larger leak"):
+        three("inverse:21", dtype=torch.float64)
+    three("inverse:51", neuron={"tau": 10.0})
+    with pytest.raises(StrategyError, match=r"leak=0\.9, .*largest safe anchor_every is 51 "):
+        three("inverse:52", neuron={"tau": 10.0})
+    with pytest.raises(StrategyError, match=r"undo up to 99999 calls .*error of up to inf"):
+        three("inverse:100000")
+    # as many as are safe, if nothing is said
+    assert three("inverse").strategy.option is None
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_the_inverse_refuses_membranes_beyond_what_was_assumed(share):
+    for strategy, safe in (("inverse:6", 4), ("inverse", 4)):
+        model = three(strategy, share=share, norm="none")
+        with torch.no_grad():
+            model.blocks[0].synapse.weight.copy_(torch.eye(8))
+            model.blocks[0].synapse.bias.zero_()
+        x = torch.full((4, 2, 8), 7.5)
+        x[0, 0, 0] = -7.9
+        model(x / 2).sum().backward()
+        x[0, 0, 0] = 100
+        with pytest.raises(StrategyError, match=r"blocks\.0: inverse would undo up to 5 calls at leak=0\.25, .*up to 100 ") as told:
+            model(x)
+        assert "an error of up to 0.0081 in u, above the 0.001 accepted" in str(told.value)
+        assert f"largest safe anchor_every is {safe} (strategy='inverse:N')" in str(told.value)
+        use_strategy(model, f"inverse:{safe}")(x).sum().backward()
+        with torch.no_grad():
+            model(x)
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_bytes_held_per_step(share):
+    """What three layers of 3 x 16 neurons hold as a slope in T, the bits of their packed input included."""
+    slopes = {}
+    for strategy, rebuild in STRATEGIES.items():
+        grid = {"frac_bits": 16} if strategy == "integer" else {}
+        held = []
+        for T in (4, 12):
+            first, stage, _ = dense_stage(share, lambda grid=grid: LIF(tau=4 / 3, **grid), width=16)
+            x = first(torch.randn(T, 3, 16), packed=rebuild is not None, rebuild=rebuild)[0]
+            held.append(saved_bytes(lambda stage=stage, x=x, rebuild=rebuild: stage(x, packed=True, rebuild=rebuild)))
+        slopes[strategy] = (held[1] - held[0]) / 8
+    neurons, bits = 3 * 3 * 16, 4 * 3 * 16 / 8
+    assert slopes["replay"] == bits
+    assert slopes["inverse"] == bits + 4 * neurons / 4
+    assert slopes["integer"] == bits + 2 / 8 * neurons
+    assert slopes["bptt"] >= 8 * neurons
+
+
+@pytest.mark.parametrize("share", ["layer", "channel"])
+@pytest.mark.parametrize("name", ["vgg16", "resnet19"])
+def test_a_network_holds_a_fraction_of_what_bptt_holds(name, share):
+    slopes = {}
+    for strategy in ("bptt", "replay"):
+        model = small(name, share, dtype=torch.float32, strategy=strategy)
+        # the input belongs to the caller, whatever the strategy
+        held = [saved_bytes(lambda T=T: model(torch.zeros(T, 2, *model.input_shape))) for T in (2, 4)]
+        slopes[strategy] = (held[1] - held[0]) / 2 - 4 * 2 * math.prod(model.input_shape)
+    assert slopes["replay"] <= slopes["bptt"] / 40
