@@ -12,6 +12,9 @@ Source: the inverse is that of Kim et al. 2023, arXiv:2305.18360. Replay, grid a
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -24,7 +27,7 @@ from spikefit.errors import StrategyError
 from spikefit.layers.branch import filled, template_of, tensors_of
 from spikefit.layers.norm import BatchNorm, frozen_statistics
 from spikefit.layers.packed import PackedSpikes, Spikes, pooled_space
-from spikefit.layers.unit import Layer, pool_spikes
+from spikefit.layers.unit import Layer, SpikingUnit, pool_spikes
 from spikefit.neurons import SpikingNeuron
 from spikefit.ops.dispatch import resolve, use_backend
 from spikefit.ops.dtype import compute_dtype
@@ -288,6 +291,29 @@ class _Rebuilt(torch.autograd.Function):
             return None, *_Backward(ctx, g, list(q)).run()
 
 
+class Watcher:
+    """Is told what rebuilt stages do, which hooks of modules do not see; see `watched`."""
+
+    def entered(self, unit: SpikingUnit, phase: str) -> None:
+        """`unit` runs now; phase is "forward" or "backward"."""
+
+    def fired(self, unit: SpikingUnit, spikes: Tensor) -> None:
+        """`unit` has fired `spikes`, behind its pool, in some steps of a forward."""
+
+
+_watcher: ContextVar[Watcher] = ContextVar("watcher", default=Watcher())  # noqa: B039 (it has no state)
+
+
+@contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Tell `watcher` what rebuilt stages do within the block."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
 class _Forward:
     """Runs the layers piece by piece and leaves spikes as bits, anchors and digits."""
 
@@ -306,11 +332,13 @@ class _Forward:
         for piece in self.flow.pieces:
             values, self.currents = [_steps(self.x, *piece)], []
             for i, layer in enumerate(self.flow.layers):
+                _watcher.get().entered(layer.unit, "forward")
                 shortcut = None if layer.shortcut is None else values[layer.shortcut]
                 current = functional_call(self.call.cells[i], self.tensors[i], (values[layer.source], shortcut))
                 spikes = self._fire(i, current)
                 rows[i].append(_in_bits(spikes))
                 values.append(pool_spikes(spikes, layer.unit.pool))
+                _watcher.get().fired(layer.unit, values[-1])
                 self.currents.append(current[:0])
         if self.call.rebuild.name == "inverse":
             self._check_range()
@@ -431,6 +459,7 @@ class _Backward:
             self._add_source(gradients[0], piece)
 
     def _open(self, i: int, piece: int) -> _Opened:
+        _watcher.get().entered(self.flow.layers[i].unit, "backward")
         layer, (source, shortcut) = self.flow.layers[i], self._inputs(i, piece)
         source = source.detach().requires_grad_(layer.source > 0 or self.want_source)
         if shortcut is not None:
@@ -506,7 +535,7 @@ class _Backward:
             if d is None:
                 continue
             if key.strip():
-                _add(self.d_tensors[i], key, d)
+                _sum_up(self.d_tensors[i], key, d)
             else:
                 _add(gradients, cast(int, place.shortcut if key else place.source), d)
 
@@ -524,7 +553,7 @@ class _Backward:
         )
         for key, d in zip(leaves, made, strict=True):
             if d is not None:
-                _add(self.d_tensors[i], key, d)
+                _sum_up(self.d_tensors[i], key, d)
 
     def _add_source(self, d: Tensor, piece: int) -> None:
         if len(self.flow.pieces) == 1:
@@ -579,5 +608,11 @@ def _through_pool(spikes: Tensor, g: Tensor | None, pool: str | None) -> Tensor:
     return made
 
 
-def _add(total: dict[Any, Tensor], key: Any, d: Tensor) -> None:
+def _add(total: dict[int, Tensor], key: int, d: Tensor) -> None:
+    # not in place: what flows along a shortcut is the same tensor as what it was added to
     total[key] = d if key not in total else total[key] + d
+
+
+def _sum_up(total: dict[str, Tensor], key: str, d: Tensor) -> None:
+    """Add the gradient of a parameter in place, which no graph shares."""
+    total[key] = d if key not in total else total[key].add_(d)

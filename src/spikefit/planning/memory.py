@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from spikefit.errors import SpikefitError
 from spikefit.layers import BatchNorm, Readout, SpikingUnit
 from spikefit.layers.packed import PackedSpikes
-from spikefit.layers.rebuilt import REBUILDS
+from spikefit.layers.rebuilt import REBUILDS, Watcher, watched
 from spikefit.neurons import LeakyReadout, SpikingNeuron
 from spikefit.ops.fire.reference import SCRATCH
 from spikefit.planning.target import LossFunction, mean_cross_entropy, with_targets
@@ -352,7 +352,7 @@ def predicted_bytes(
     try:
         fake = {key: _fake(mode, t) for key, t in state.items()}
         fake_x, fake_y = _fake(mode, x), _fake(mode, y)
-        with _swapped(model, fake), mode, _LiveBytes(device or x.device.type) as live:
+        with _swapped(model, fake), mode, _LiveBytes(device or x.device.type) as live, watched(_Stages(model, live)):
             with (
                 watch_saved(model) as saved,
                 _staged(model, live),
@@ -372,6 +372,16 @@ def predicted_bytes(
             f"({str(error).splitlines()[0]}); remove .item() and the like, or measure a real step."
         ) from error
     return PredictedBytes(PredictedBytes.with_margin(live.top), saved, live.peaks, live.alive_at_peak())
+
+
+class _Stages(Watcher):
+    """Tells `live` which unit of a rebuilt stage runs."""
+
+    def __init__(self, model: nn.Module, live: _LiveBytes) -> None:
+        self.live, self.names = live, {module: name for name, module in model.named_modules()}
+
+    def entered(self, unit: SpikingUnit, phase: str) -> None:
+        self.live.enter(f"{phase} {self.names[unit]}")
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from spikefit.errors import SpikefitError
 from spikefit.layers import SpikingUnit
 from spikefit.layers.packed import PackedSpikes
+from spikefit.layers.rebuilt import Watcher, watched
 from spikefit.models.network import plain_bptt
 from spikefit.ops.dispatch import use_backend
 from spikefit.planning.target import (
@@ -161,31 +162,45 @@ def _run(
     scale: float = 1.0,
 ) -> _Step:
     """One step whose traces are removed again; its gradients are those of `scale` times the loss, over `scale`."""
-    x = x.detach().requires_grad_()
-    spikes: dict[str, Tensor] = {}
-    handles = [
-        module.register_forward_hook(_record(name, spikes))
+    # a step that is shown T times is one input, whose gradient is the sum over the steps
+    leaf = (x[:1] if x.stride(0) == 0 else x).detach().requires_grad_()
+    x = leaf.expand_as(x)
+    units = {
+        module: name
         for name, module in model.named_modules()
         if isinstance(module, SpikingUnit) and module.neuron is not None
-    ]
+    }
+    pieces: dict[str, list[Tensor]] = {name: [] for name in units.values()}
     random = torch.get_rng_state()
     buffers = {k: b.clone() for k, b in model.named_buffers()}
     held = {p: p.grad for p in model.parameters()}
     logits: list[Tensor] = []
 
+    class Notes(Watcher):
+        def fired(self, unit: SpikingUnit, spikes: Any) -> None:
+            if not logits:  # what runs again in backward comes later
+                with torch.no_grad():
+                    packed = isinstance(spikes, PackedSpikes)
+                    dense = spikes.steps(0, spikes.shape[0]) if packed else spikes.detach()
+                    pieces[units[unit]].append(dense.clone())
+
+    notes = Notes()
+
     def recording(out: Tensor, targets: Tensor) -> Tensor:
         logits.append(out.detach().clone())
         return loss(out, targets) * scale
 
+    handles = [unit.register_forward_hook(lambda unit, inputs, output: notes.fired(unit, output[0])) for unit in units]
     try:
         for p in held:
             p.grad = None
-        with plain_bptt(model) if plain else contextlib.nullcontext(), use_backend(backend):
+        strategy = plain_bptt(model) if plain else contextlib.nullcontext()
+        with strategy, use_backend(backend), watched(notes):
             training_step(model, x, y, recording, autocast=autocast)
-        gradients = {"input": x.grad} | {k: p.grad for k, p in model.named_parameters()}
+        gradients = {"input": leaf.grad} | {k: p.grad for k, p in model.named_parameters()}
         return _Step(
             logits[0],
-            spikes,
+            {name: torch.cat(found) for name, found in pieces.items() if found},
             {k: g / scale for k, g in gradients.items() if g is not None},
             {k: b.clone() for k, b in model.named_buffers()},
             torch.get_rng_state(),
@@ -201,24 +216,15 @@ def _run(
         torch.set_rng_state(random)
 
 
-def _record(name: str, spikes: dict[str, Tensor]):
-    """A hook that keeps the spikes of a unit as bits."""
-
-    def hook(module, inputs, output) -> None:
-        out = output[0]
-        if name not in spikes:  # a recomputed forward comes later
-            with torch.no_grad():
-                dense = out.steps(0, out.shape[0]) if isinstance(out, PackedSpikes) else out.detach()
-                spikes[name] = dense.clone()
-
-    return hook
-
-
 def _differing(a: _Step, b: _Step) -> dict[str, int]:
     """Unit -> number of spikes that differ."""
-    counts = {
-        k: int((s != b.spikes[k]).sum()) if s.shape == b.spikes[k].shape else s.numel() for k, s in a.spikes.items()
-    }
+    counts = {}
+    for name, wanted in b.spikes.items():
+        got = a.spikes.get(name)
+        if got is None or got.shape != wanted.shape:
+            counts[name] = wanted.numel()
+        else:
+            counts[name] = int((got != wanted).sum())
     return {k: n for k, n in counts.items() if n}
 
 
