@@ -145,9 +145,9 @@ def test_one_membrane_per_stage_and_group():
 @pytest.mark.parametrize("name", SMALL)
 def test_steps_equal_one_call_bit_for_bit(name, share, training):
     model = small(name, share, norm="step_bn")
-    x = sequence(model)
+    x = sequence(model, T=3)
     with torch.no_grad():
-        for _ in range(20):
+        for _ in range(0 if training else 8):
             model(x)
     model.train(training)
     with torch.no_grad():
@@ -283,7 +283,7 @@ BAD_INPUT = {
     **{
         f"groups={groups!r} with {share}": (
             OptionError,
-            rf"share='{share}' takes groups={wanted}(, .*)?, got {groups!r}\. share='channel' and 'layer_channel' divide",
+            rf"share='{share}' takes groups={wanted}(, .*)?, got {groups!r}\. share='channel' and",
             lambda share=share, groups=groups: small("vgg16", share, groups=groups),
         )
         for share, wanted, values in (

@@ -35,7 +35,7 @@ def in_integers(x, shift, gain, frac_bits):
     one, V, rows = 2**frac_bits, torch.zeros_like(x[0], dtype=torch.int64), []
     for x_t in x:
         U = (V >> shift) + torch.round(gain * x_t * one).to(torch.int64)
-        s = (U >= one).to(torch.int64)
+        s = (U - one >= 0).to(torch.int64)
         V = U - one * s
         rows.append((U.double() / one, s.double(), V.double() / one))
     return [torch.stack(column) for column in zip(*rows, strict=True)]
