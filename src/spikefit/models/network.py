@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -88,6 +89,7 @@ class SpikingNetwork(nn.Module):
         who = type(self).__name__
         check_share(who, share, groups)
         self.share, self.groups = share, groups
+        stages = self._read_stages(stages)
         self.stages = stages if share in ("layer", "layer_channel") else []
         if share == "none":
             return
@@ -112,6 +114,31 @@ class SpikingNetwork(nn.Module):
             )
         if self.stages:
             self.init_state(1, device="meta")  # complains about stages whose layers differ in shape
+
+    def _read_stages(self, stages: list[Any]) -> list[tuple[int, int]]:
+        """The stages in order; OptionError unless they are runs of blocks with neurons that do not overlap."""
+        who, count, found = type(self).__name__, len(self.blocks), list[tuple[int, int]]()
+        for stage in stages:
+            pair = isinstance(stage, tuple | list) and len(stage) == 2 and all(type(i) is int for i in stage)
+            if not pair or not 0 <= stage[0] <= stage[1] < count:
+                raise OptionError(
+                    f"{who}: stages are (first, last) numbers of the blocks 0 to {count - 1}, got {stage!r}."
+                )
+            found.append((stage[0], stage[1]))
+        found.sort()
+        for before, stage in pairwise(found):
+            if stage[0] <= before[1]:
+                raise OptionError(
+                    f"{who}: stages must not overlap, got {stage} behind {before}; let each block be in one of them."
+                )
+        for first, last in found:
+            for i, block in enumerate(self.blocks[first : last + 1], first):
+                if not getattr(block, "spiking_layers", list)():
+                    raise OptionError(
+                        f"{who}: stages consist of units and residual blocks, and blocks.{i} ({type(block).__name__}) "
+                        f"has no neurons; let the stage ({first}, {last}) end before it."
+                    )
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of every step, from zero state.

@@ -41,8 +41,8 @@ class MembraneBytes:
 class _Membrane:
     """One membrane and its calls, with the equation of the neurons that use it."""
 
-    size: int
-    channels: int
+    pixels: int  # of all samples
+    channels: int  # of one group
     bytes_each: int
     layers: int
     groups: int
@@ -59,7 +59,7 @@ class _Membrane:
 
     @property
     def bytes(self) -> int:
-        return self.size * self.bytes_each
+        return self.pixels * self.channels * self.bytes_each
 
 
 def membrane_bytes(network: SpikingNetwork, currents: Currents, dtype: torch.dtype) -> MembraneBytes:
@@ -105,7 +105,7 @@ def _membranes(network: SpikingNetwork, currents: Currents, dtype: torch.dtype) 
             leak = neuron.coefficients()[0]
             found.append(
                 _Membrane(
-                    size=pixels * channels // neuron.groups,
+                    pixels=pixels,
                     channels=channels // neuron.groups,
                     bytes_each=dtype.itemsize,
                     layers=len(layers),
@@ -140,8 +140,8 @@ def _integer(m: _Membrane, dtype: torch.dtype) -> tuple[int, int]:
     if shift is None or not m.soft or shift > max(BITS):
         raise StrategyError("integer: it needs leak = 2^-m, at least 1/256, and a soft reset.")
     digits = next(bits for bits in BITS if bits >= shift)
-    rows = m.calls * m.size // m.channels
-    return m.bytes + rows * packed_length(m.channels, digits), 2 * m.bytes
+    # every pixel of a call ends on a whole byte
+    return m.bytes + m.calls * m.pixels * packed_length(m.channels, digits), 2 * m.bytes
 
 
 @contextmanager
