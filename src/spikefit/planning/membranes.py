@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from spikefit.engines.membranes import stages_of
+from spikefit.engines.membranes import read_inverse, stages_of
 from spikefit.errors import StrategyError
 from spikefit.layers.rebuilt import ASSUMED_RANGE, Rebuild, check_bound, neuron_of
 from spikefit.layers.shared import SharedStage
@@ -68,7 +69,7 @@ def membrane_bytes(network: SpikingNetwork, currents: Currents, dtype: torch.dty
         forward         sum of B C/n pixels e over the membranes, e = 4 or 8 bytes
         bptt            every u_k:  K P e for a membrane of P neurons that is visited K times
         replay          spikes as bits; rebuilt: K P e, and (T - 1 + m + n) P e where m layers of n groups share it
-        inverse         spikes as bits and ceil(K / A) membranes; rebuilt: 2 P e
+        inverse         spikes as bits and ceil(K / A) membranes, A of the network's strategy; rebuilt: 2 P e
         integer         spikes as bits, the last membrane and m bits per call, leak = 2^-m; rebuilt: 2 P e
 
     Args:
@@ -79,7 +80,9 @@ def membrane_bytes(network: SpikingNetwork, currents: Currents, dtype: torch.dty
     found = _membranes(network, currents, dtype)
     kept: dict[str, int | None] = {"bptt": sum(m.calls * m.bytes for m in found)}
     peak = dict(kept)
-    for name, one in (("replay", _replay), ("inverse", _inverse), ("integer", _integer)):
+    chosen = network.strategy
+    inverse = read_inverse(chosen.option if chosen.name == "inverse" else None)
+    for name, one in (("replay", _replay), ("inverse", partial(_inverse, inverse)), ("integer", _integer)):
         try:
             pairs = [one(m, dtype) for m in found]
         except StrategyError:
@@ -127,11 +130,11 @@ def _replay(m: _Membrane, dtype: torch.dtype) -> tuple[int, int]:
     return 0, at_once * m.bytes
 
 
-def _inverse(m: _Membrane, dtype: torch.dtype) -> tuple[int, int]:
+def _inverse(rebuild: Rebuild, m: _Membrane, dtype: torch.dtype) -> tuple[int, int]:
     if m.leak is None or not m.soft or m.grid:
         raise StrategyError("inverse: it needs a fixed leak and a soft reset without a grid.")
-    check_bound("inverse", m.leak, Rebuild("inverse"), ASSUMED_RANGE, dtype)
-    every = Rebuild("inverse").distance(m.leak, dtype)
+    check_bound("inverse", m.leak, rebuild, ASSUMED_RANGE, dtype)
+    every = rebuild.distance(m.leak, dtype)
     return -(-m.calls // every) * m.bytes, 2 * m.bytes
 
 
