@@ -389,7 +389,7 @@ def _next_plan(units: list[Unit], keeps: list[str], predicted: PredictedBytes, s
             needs = max(max(u.forward + sum(kept[:j]), u.backward + sum(kept[: j + 1])) for j, u in enumerate(units))
             candidates.append((PredictedBytes.with_margin(max(needs, max(predicted.stages.values()))), unit))
     if not candidates:
-        return []
+        return [] if set(keeps) == {"all"} else ["nothing faster to choose: no unit runs its weight again."]
     needs, unit = min(candidates, key=lambda c: (c[0], -c[1].macs))
     return [f"next faster: {unit.name} keeps z, with a budget of {show_bytes(static + needs)}."]
 
