@@ -70,8 +70,8 @@ def _check_values(values: Tensor, bits: int) -> None:
         wrong |= values != values.trunc()
     if bool(wrong.any()):
         raise OptionError(
-            f"pack: expected whole numbers 0..{most}, what {bits} bit can hold, got {values[wrong][0].item()}; give more "
-            "bits, or keep the tensor dense."
+            f"pack: expected whole numbers 0..{most}, what {bits} bit can hold, got {values[wrong][0].item()}; give "
+            "more bits, or keep the tensor dense."
         )
 
 
