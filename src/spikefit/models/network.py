@@ -338,8 +338,8 @@ def use_strategy(model: nn.Module, strategy: str | dict[str, Any] | Strategy | P
         wanted = "SpikingNetwork and no unit" if parsed.by_unit else "SpikingNetwork"
         raise StrategyError(
             f"use_strategy: {type(model).__name__} contains no {wanted}, which {parsed.name} needs; build the model "
-            "from spikefit.SpikingNetwork([...]) or spikefit.create_model(...), or run the forward of a network of another "
-            "library inside spikefit.pack_saved_tensors()."
+            "from spikefit.SpikingNetwork([...]) or spikefit.create_model(...), or run the forward of a network of "
+            "another library inside spikefit.pack_saved_tensors()."
         )
     for network in networks:
         parsed.check_chain(network.chain)

@@ -70,7 +70,7 @@ def _check_values(values: Tensor, bits: int) -> None:
         wrong |= values != values.trunc()
     if bool(wrong.any()):
         raise OptionError(
-            f"pack: expected whole numbers 0..{most}, what {bits} bit can hold, got {values[wrong][0].item()}; give "
+            f"pack: expected whole numbers 0..{most}, which {bits} bits can hold, got {values[wrong][0].item()}; give "
             "more bits, or keep the tensor dense."
         )
 
