@@ -10,7 +10,7 @@ from torch import nn
 from spikefit.errors import StrategyError
 from spikefit.layers import Readout, SpikingConv2d, SpikingLinear, rebuilt
 from spikefit.layers.packed import PackedSpikes
-from spikefit.layers.rebuilt import Rebuild, inverse_error, safe_anchor_every
+from spikefit.layers.rebuild import Rebuild, inverse_error, safe_anchor_every
 from spikefit.layers.shared import SharedStage
 from spikefit.layers.unit import Layer
 from spikefit.models import SpikingNetwork, create_model, use_strategy

@@ -8,7 +8,7 @@ from torch import Tensor
 from spikefit.errors import StrategyError
 from spikefit.layers import ResidualBlock, SpikingUnit
 from spikefit.layers.packed import Spikes, dense
-from spikefit.layers.rebuilt import TOLERANCE, Rebuild
+from spikefit.layers.rebuild import TOLERANCE, Rebuild
 from spikefit.layers.shared import SharedStage
 
 State = tuple[Any, ...]

@@ -11,7 +11,7 @@ from spikefit.engines import depth, membranes
 from spikefit.engines.plan import Plan
 from spikefit.errors import StrategyError
 from spikefit.layers import SpikingUnit
-from spikefit.layers.rebuilt import Rebuild
+from spikefit.layers.rebuild import Rebuild
 
 # What a network runs one after the other: blocks, and stages whose layers share a membrane.
 Chain = list[Any]

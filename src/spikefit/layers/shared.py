@@ -3,7 +3,7 @@
     call k of a membrane:   u_k = leak v_{k-1} + gain x_k,   s_k = [u_k >= theta],   v_k = u_k - theta s_k
 
 Inside a step a membrane is visited layer by layer and, inside a layer, group of channels by group; what the last call
-of a step leaves is what the first call of the next one finds. `rebuilt.py` has the backward that keeps spikes alone.
+of a step leaves is what the first call of the next one finds. `stage_function.py` has the backward that keeps spikes alone.
 
 Source: Kim et al. 2023, arXiv:2305.18360, "Sharing leaky-integrate-and-fire neurons for memory-efficient spiking neural
 networks".
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from spikefit.errors import OptionError, StateError
 from spikefit.layers.packed import Spikes, dense, packed_or_dense, pooled_space
-from spikefit.layers.rebuilt import Flow, Rebuild, check_rebuild, neuron_of, run_rebuilt
+from spikefit.layers.rebuild import Rebuild, check_rebuild, neuron_of
+from spikefit.layers.stage_function import Flow, run_rebuilt
 from spikefit.layers.unit import Layer, SpikingUnit
 
 SHARES: tuple[str, ...] = ("none", "layer", "channel", "layer_channel")

@@ -11,7 +11,7 @@ from torch import nn
 
 from spikefit.engines.membranes import read_inverse, stages_of
 from spikefit.errors import StrategyError
-from spikefit.layers.rebuilt import ASSUMED_RANGE, Rebuild, check_bound, neuron_of
+from spikefit.layers.rebuild import ASSUMED_RANGE, Rebuild, check_bound, neuron_of
 from spikefit.layers.shared import SharedStage
 from spikefit.models import SpikingNetwork
 from spikefit.neurons import SpikingNeuron

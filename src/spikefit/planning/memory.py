@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 from spikefit.errors import SpikefitError
 from spikefit.layers import BatchNorm, Readout, SpikingUnit
 from spikefit.layers.packed import PackedSpikes
-from spikefit.layers.rebuilt import REBUILDS, Watcher, watched
+from spikefit.layers.rebuild import REBUILDS
+from spikefit.layers.stage_function import Watcher, watched
 from spikefit.neurons import LeakyReadout, SpikingNeuron
 from spikefit.ops.fire.reference import SCRATCH
 from spikefit.planning.target import LossFunction, mean_cross_entropy, with_targets

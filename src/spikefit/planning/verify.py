@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from spikefit.errors import SpikefitError
 from spikefit.layers import SpikingUnit
 from spikefit.layers.packed import PackedSpikes
-from spikefit.layers.rebuilt import Watcher, watched
+from spikefit.layers.stage_function import Watcher, watched
 from spikefit.models.network import plain_bptt
 from spikefit.ops.dispatch import use_backend
 from spikefit.planning.target import (

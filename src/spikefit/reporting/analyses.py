@@ -18,7 +18,7 @@ from spikefit.encoding import Encoding
 from spikefit.engines.membranes import stages_of
 from spikefit.errors import OptionError, RecipeError
 from spikefit.layers import BatchNorm
-from spikefit.layers.rebuilt import neuron_of
+from spikefit.layers.rebuild import neuron_of
 from spikefit.layers.shared import SharedStage
 from spikefit.models import SpikingNetwork
 from spikefit.models.network import plain_bptt
