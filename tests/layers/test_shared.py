@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from spikefit.errors import StrategyError
-from spikefit.layers import Readout, SpikingConv2d, SpikingLinear, rebuilt
+from spikefit.layers import Readout, SpikingConv2d, SpikingLinear, stage_function
 from spikefit.layers.packed import PackedSpikes
 from spikefit.layers.rebuild import Rebuild, inverse_error, safe_anchor_every
 from spikefit.layers.shared import SharedStage
@@ -368,7 +368,7 @@ def rebuilt_membranes(monkeypatch, name, share, strategy, T, dtype):
     """(membranes before every call in forward, the same as backward got them back), in the order of forward."""
     before, back = [], []
     neuron = "grid" if strategy == "integer" else "soft"
-    forward, backward = rebuilt.lif, rebuilt.undo
+    forward, backward = stage_function.lif, stage_function.undo
 
     def noted(x, v, **options):
         before.append(v.clone())
@@ -379,8 +379,8 @@ def rebuilt_membranes(monkeypatch, name, share, strategy, T, dtype):
         return back[-1]
 
     with monkeypatch.context() as patched:
-        patched.setattr(rebuilt, "lif", noted)
-        patched.setattr(rebuilt, "undo", noted_back)
+        patched.setattr(stage_function, "lif", noted)
+        patched.setattr(stage_function, "undo", noted_back)
         step_of.__wrapped__(name, share, neuron, strategy, T=T, dtype=dtype)
     return before, back[::-1]
 

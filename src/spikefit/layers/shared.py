@@ -3,7 +3,8 @@
     call k of a membrane:   u_k = leak v_{k-1} + gain x_k,   s_k = [u_k >= theta],   v_k = u_k - theta s_k
 
 Inside a step a membrane is visited layer by layer and, inside a layer, group of channels by group; what the last call
-of a step leaves is what the first call of the next one finds. `stage_function.py` has the backward that keeps spikes alone.
+of a step leaves is what the first call of the next one finds. `stage_function.py` has the backward that keeps spikes
+alone.
 
 Source: Kim et al. 2023, arXiv:2305.18360, "Sharing leaky-integrate-and-fire neurons for memory-efficient spiking neural
 networks".
