@@ -11,7 +11,7 @@ from spikefit.errors import StrategyError
 from spikefit.layers import Readout, SpikingConv2d, SpikingLinear, stage_function
 from spikefit.layers.packed import PackedSpikes
 from spikefit.layers.rebuild import Rebuild, inverse_error, safe_anchor_every
-from spikefit.layers.shared import SharedStage
+from spikefit.layers.shared import PIECE, SharedStage
 from spikefit.layers.unit import Layer
 from spikefit.models import SpikingNetwork, create_model, use_strategy
 from spikefit.neurons import LIF, ParametricLIF
@@ -347,6 +347,29 @@ def test_one_step_and_one_sample(share, T, B, strategy, neuron):
     options = {"norm": "ws", "T": T, "B": B}  # a norm of one value has no variance
     wanted = step_of("har_mlp", share, neuron, "bptt", **options)
     assert_same_step(step_of("har_mlp", share, neuron, strategy, **options), wanted, 1e-10)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("share", ["none", "channel"])
+@pytest.mark.parametrize("name", ["vgg16", "resnet19"])
+def test_replay_of_own_membranes_in_pieces(monkeypatch, name, share, steps):
+    """Long sequences of large layers are rebuilt a few steps at a time."""
+    wanted = step_of(name, share, "soft", "bptt", T=5)
+    pieces = []
+    monkeypatch.setattr(SharedStage, "_largest", lambda stage, x: PIECE // steps)
+    monkeypatch.setattr(stage_function._Backward, "_piece", noted(stage_function._Backward._piece, pieces))
+    assert_same_step(step_of.__wrapped__(name, share, "soft", "replay", T=5), wanted, 1e-10)
+    assert max(pieces) == -(-5 // steps) - 1
+
+
+def noted(method, calls):
+    """`method`, which notes its first argument."""
+
+    def run(self, first, *rest):
+        calls.append(first)
+        return method(self, first, *rest)
+
+    return run
 
 
 @pytest.mark.parametrize("norm", ["bn", "tdbn"])

@@ -22,6 +22,8 @@ from spikefit.layers.rebuild import Rebuild, check_rebuild, neuron_of
 from spikefit.layers.stage_function import Flow, run_rebuilt
 from spikefit.layers.unit import Layer, SpikingUnit
 
+# Neurons times steps that backward rebuilds together where layers have membranes of their own.
+PIECE = 1 << 20
 SHARES: tuple[str, ...] = ("none", "layer", "channel", "layer_channel")
 
 
@@ -80,7 +82,8 @@ class SharedStage:
             out, after = self._run(dense(x), before)
         else:
             self.check(rebuild)
-            flow = Flow(self.name, self.layers, self.names, self.membranes, self.pieces(x.shape[0], rebuild))
+            pieces = self.pieces(x.shape[0], rebuild, self._largest(x))
+            flow = Flow(self.name, self.layers, self.names, self.membranes, pieces)
             spikes, after = run_rebuilt(flow, rebuild, packed_or_dense(x), before)
             out = spikes if packed else spikes.dense()
         return out, after[0] if len(after) == 1 else tuple(after)
@@ -110,11 +113,29 @@ class SharedStage:
             outs.append(values[-1])
         return outs[0] if len(outs) == 1 else torch.cat(outs), v
 
-    def pieces(self, timesteps: int, rebuild: Rebuild | None = None) -> list[tuple[int, int]]:
-        """The steps that are run together."""
-        if not self.one_membrane and (rebuild is None or rebuild.name == "replay"):
-            return [(0, timesteps)]
-        return [(t, t + 1) for t in range(timesteps)]
+    def pieces(self, timesteps: int, rebuild: Rebuild | None = None, values: int = 0) -> list[tuple[int, int]]:
+        """The steps that are run together, for layers with at most `values` neurons of all samples.
+
+        A layer with a membrane of its own can run whole sequences. Where backward rebuilds it, as many steps go
+        together as hold `PIECE` values, so that what is rebuilt stays small beside long sequences of large layers.
+        """
+        step = 1
+        if not self.one_membrane and (rebuild is None or not self._runs_in_pieces()):
+            step = timesteps
+        elif not self.one_membrane and rebuild is not None and rebuild.name == "replay":
+            step = max(1, PIECE // max(1, values))
+        return [(t, min(timesteps, t + step)) for t in range(0, timesteps, step)]
+
+    def _runs_in_pieces(self) -> bool:
+        """Whether no norm and no weight needs the whole sequence."""
+        units = [u for layer in self.layers for u in (layer.unit, layer.short) if u is not None]
+        return not any(u.consumes_time or getattr(u.norm, "time_scope", "none") == "sequence" for u in units)
+
+    def _largest(self, x: Spikes) -> int:
+        """Neurons of all samples in the largest layer."""
+        if not self._runs_in_pieces():
+            return 0
+        return x.shape[1] * max(torch.Size(shape).numel() for shape in self.shapes(tuple(x.shape[2:])))
 
     def shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
         """(C, ...) of the current of every layer, for input samples of `shape`.

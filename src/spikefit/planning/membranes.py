@@ -48,8 +48,9 @@ class _Membrane:
     layers: int
     groups: int
     steps: int
+    pieces: int
+    together: int  # steps of a piece
     bits: int
-    shared: bool
     leak: Any
     soft: bool
     grid: bool
@@ -68,83 +69,99 @@ def membrane_bytes(network: SpikingNetwork, currents: Currents, dtype: torch.dty
 
         forward         sum of B C/n pixels e over the membranes, e = 4 or 8 bytes
         bptt            every u_k:  K P e for a membrane of P neurons that is visited K times
-        replay          spikes as bits; rebuilt: K P e, and (T - 1 + m + n) P e where m layers of n groups share it
-        inverse         spikes as bits and ceil(K / A) membranes, A of the network's strategy; rebuilt: 2 P e
-        integer         spikes as bits, the last membrane and m bits per call, leak = 2^-m; rebuilt: 2 P e
+        replay          spikes as bits; rebuilt in a stage whose steps run in p pieces of k steps: the membranes before
+                        all pieces but the first, and k n P e, or (m + n) P e where m layers of n groups share it
+        inverse         spikes as bits and ceil(K / A) membranes, A of the network's strategy; rebuilt: the membranes of
+                        a stage, and u of one
+        integer         spikes as bits, the last membrane and m bits per call, leak = 2^-m; rebuilt: as `inverse`
 
     Args:
         network: its chain tells who shares what.
         currents: what every neuron got.
         dtype: of the membranes.
     """
-    found = _membranes(network, currents, dtype)
+    stages = _membranes(network, currents, dtype)
+    found = [m for stage in stages for m in stage]
     kept: dict[str, int | None] = {"bptt": sum(m.calls * m.bytes for m in found)}
     peak = dict(kept)
     chosen = network.strategy
     inverse = read_inverse(chosen.option if chosen.name == "inverse" else None)
-    for name, one in (("replay", _replay), ("inverse", partial(_inverse, inverse)), ("integer", _integer)):
+    for name, beside in (("replay", lambda m: 0), ("inverse", partial(_anchors, inverse, dtype)), ("integer", _digits)):
         try:
-            pairs = [one(m, dtype) for m in found]
+            held = sum(m.bits + beside(m) for m in found)
         except StrategyError:
             kept[name] = peak[name] = None
             continue
-        held = sum(m.bits + extra for m, (extra, _) in zip(found, pairs, strict=True))
-        kept[name], peak[name] = held, held + max((rebuilt for _, rebuilt in pairs), default=0)
+        rebuilt = _replayed if name == "replay" else _undone
+        kept[name], peak[name] = held, held + max(map(rebuilt, stages), default=0)
     return MembraneBytes(sum(m.bytes for m in found), kept, peak)
 
 
-def _membranes(network: SpikingNetwork, currents: Currents, dtype: torch.dtype) -> list[_Membrane]:
+def _membranes(network: SpikingNetwork, currents: Currents, dtype: torch.dtype) -> list[list[_Membrane]]:
+    """The membranes of every stage."""
     paths = {module: path for path, module in network.named_modules()}
     found = []
     for stage in stages_of(network.chain):
         if not isinstance(stage, SharedStage):
             continue
+        shapes = [currents[paths[neuron_of(layer)]] for layer in stage.layers]
+        values = max(torch.Size(s[0][1:]).numel() for s in shapes)
+        made = []
         for membrane in dict.fromkeys(stage.membranes):
-            layers = [n for n, m in zip(stage.layers, stage.membranes, strict=True) if m == membrane]
-            neuron = neuron_of(layers[0])
-            shapes = [currents[paths[neuron_of(layer)]] for layer in layers]
-            steps, (batch, channels, *space) = sum(s[0] for s in shapes[0]), shapes[0][0][1:]
+            own = [i for i, m in enumerate(stage.membranes) if m == membrane]
+            neuron = neuron_of(stage.layers[own[0]])
+            calls = shapes[own[0]]
+            steps, (batch, channels, *space) = sum(s[0] for s in calls), calls[0][1:]
             pixels = batch * torch.Size(space).numel()
+            pieces = stage.pieces(steps, Rebuild("replay"), values)
             leak = neuron.coefficients()[0]
-            found.append(
+            made.append(
                 _Membrane(
                     pixels=pixels,
                     channels=channels // neuron.groups,
                     bytes_each=dtype.itemsize,
-                    layers=len(layers),
+                    layers=len(own),
                     groups=neuron.groups,
                     steps=steps,
-                    bits=len(layers) * steps * pixels * packed_length(channels),
-                    shared=stage.one_membrane,
+                    pieces=len(pieces),
+                    together=pieces[0][1] - pieces[0][0],
+                    bits=len(own) * steps * pixels * packed_length(channels),
                     leak=leak if isinstance(leak, float) else None,
                     soft=neuron.reset and neuron.v_reset is None,
                     grid=neuron.frac_bits is not None,
                 )
             )
+        found.append(made)
     return found
 
 
-def _replay(m: _Membrane, dtype: torch.dtype) -> tuple[int, int]:
-    """(bytes kept beside the bits of spikes, bytes of what is rebuilt)."""
-    at_once = m.steps - 1 + m.layers + m.groups if m.shared else m.calls
-    return 0, at_once * m.bytes
+def _replayed(stage: list[_Membrane]) -> int:
+    """Bytes of membranes that a replay of a stage holds at once."""
+    starts = sum((m.pieces - 1) * m.bytes for m in stage)
+    return starts + max(((m.layers if m.layers > 1 else 0) + m.groups * m.together) * m.bytes for m in stage)
 
 
-def _inverse(rebuild: Rebuild, m: _Membrane, dtype: torch.dtype) -> tuple[int, int]:
+def _undone(stage: list[_Membrane]) -> int:
+    """Bytes of membranes that running a stage backwards holds at once."""
+    return sum(m.bytes for m in stage) + max(m.bytes for m in stage)
+
+
+def _anchors(rebuild: Rebuild, dtype: torch.dtype, m: _Membrane) -> int:
+    """Bytes that `inverse` keeps beside the bits of spikes."""
     if m.leak is None or not m.soft or m.grid:
         raise StrategyError("inverse: it needs a fixed leak and a soft reset without a grid.")
     check_bound("inverse", m.leak, rebuild, ASSUMED_RANGE, dtype)
-    every = rebuild.distance(m.leak, dtype)
-    return -(-m.calls // every) * m.bytes, 2 * m.bytes
+    return -(-m.calls // rebuild.distance(m.leak, dtype)) * m.bytes
 
 
-def _integer(m: _Membrane, dtype: torch.dtype) -> tuple[int, int]:
+def _digits(m: _Membrane) -> int:
+    """Bytes that `integer` keeps beside the bits of spikes."""
     shift = None if m.leak is None else shift_of(m.leak)
     if shift is None or not m.soft or shift > max(BITS):
         raise StrategyError("integer: it needs leak = 2^-m, at least 1/256, and a soft reset.")
     digits = next(bits for bits in BITS if bits >= shift)
     # every pixel of a call ends on a whole byte
-    return m.bytes + m.calls * m.pixels * packed_length(m.channels, digits), 2 * m.bytes
+    return m.bytes + m.calls * m.pixels * packed_length(m.channels, digits)
 
 
 @contextmanager
