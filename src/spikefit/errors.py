@@ -36,6 +36,14 @@ class StrategyError(SpikefitError, ValueError):
     """A strategy does not apply to this model."""
 
 
+class RangeError(SpikefitError, ValueError):
+    """A number has left the range in which arithmetic on a grid is exact."""
+
+
+class ReconstructionError(SpikefitError, RuntimeError):
+    """Backward did not get back what forward had, so that its gradient would be wrong."""
+
+
 class PlanError(SpikefitError, ValueError):
     """A plan does not belong to this model, or none can be made for it."""
 

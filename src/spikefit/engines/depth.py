@@ -13,10 +13,8 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from spikefit.errors import StrategyError
 from spikefit.layers import SpikingUnit, frozen_statistics
-from spikefit.layers.packed import Spikes, dense
+from spikefit.layers.chain import State, run_blocks
 from spikefit.ops.dispatch import resolve, use_backend
-
-State = tuple[Any, ...]
 
 KEEP_OPTIONS = ("auto", "input", "spikes")
 # Multiply-accumulates per value of z up to which "auto" runs a weight again instead of keeping z: a first layer of
@@ -27,25 +25,8 @@ SAME = 1e-6
 
 
 def run_plain(blocks: list[nn.Module], x: Tensor, state: State, option: str | None = None) -> tuple[Tensor, State]:
-    """Run the blocks one after the other; each keeps for backward what autograd or its own `keep` says.
-
-    Blocks with `takes_packed` hand each other packed spikes where they have them; the others get dense tensors.
-
-    Args:
-        blocks: modules (sequence, state) -> (sequence, state).
-        x: [T, B, ...].
-        state: one entry per block; None starts that block from zero.
-
-    Returns:
-        (output of the last block, state after the last step).
-    """
-    after = []
-    value: Spikes = x
-    for block, before in zip(blocks, state, strict=True):
-        takes_packed = getattr(block, "takes_packed", False)
-        value, s = block(value, before, packed=True) if takes_packed else block(dense(value), before)
-        after.append(s)
-    return dense(value), tuple(after)
+    """Run the blocks one after the other, each by itself; see `spikefit.layers.chain.run_blocks`."""
+    return run_blocks(blocks, x, state)
 
 
 def run_checkpointed(blocks: list[nn.Module], x: Tensor, state: State, option: str | None) -> tuple[Tensor, State]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spikefit.engines import depth, membranes
+from spikefit.engines import depth, membranes, reversible
 from spikefit.engines.plan import Plan
 from spikefit.errors import StrategyError
 from spikefit.layers import SpikingUnit
@@ -123,11 +123,24 @@ STRATEGIES: dict[str, StrategyKind] = {
         membranes.no_option("integer"),
         check_chain=lambda chain, option: membranes.check_rebuilt(chain, Rebuild("integer")),
     ),
+    "reversible": StrategyKind(
+        "invert it in depth: keep the last streams of a run of two-stream blocks, for models made of them; option: "
+        "check | off, whether backward compares checksums of the streams (default: check)",
+        True,
+        reversible.run_reversed,
+        reversible.check_option,
+        check_chain=lambda chain, option: reversible.check_streams(chain),
+    ),
 }
 
 
 # What the options are called where a strategy is written as a table, in the order in which a text has them.
-OPTION_NAMES = {"lean": ("keep",), "checkpoint": ("every",), "inverse": ("anchor_every", "tol")}
+OPTION_NAMES = {
+    "lean": ("keep",),
+    "checkpoint": ("every",),
+    "inverse": ("anchor_every", "tol"),
+    "reversible": ("check",),
+}
 
 
 def parse_strategy(text: "str | dict[str, Any] | Strategy") -> Strategy:

@@ -62,7 +62,7 @@ class ResidualBlock(nn.Module):
             )
         v_first, v_second = (None, None) if state is None else state
         y, v_first = self.first(x, v_first, packed=packed)
-        shortcut = x if self.short is None else self.short(x, packed=packed)[0]
+        shortcut = x if self.short is None else self.short.later(x)
         out, v_second = self.second(y, v_second, shortcut=shortcut, packed=packed)
         return out, (v_first, v_second)
 

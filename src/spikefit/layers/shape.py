@@ -57,6 +57,38 @@ class GlobalAveragePool(Stateless):
         return x.mean(tuple(range(3, x.ndim))), None
 
 
+class Pool2d(Stateless):
+    """Pooling over space with overlapping windows: [T, B, C, H, W] -> [T, B, C, H', W'], nn.MaxPool2d or nn.AvgPool2d.
+
+    Args:
+        kind: "max" or "avg".
+        kernel_size, stride, padding: as there; zeros of the padding count in the mean.
+
+    Raises:
+        OptionError: unknown kind.
+    """
+
+    def __init__(self, kind: str, kernel_size: int = 3, *, stride: int = 2, padding: int = 1) -> None:
+        super().__init__()
+        if kind not in ("max", "avg"):
+            raise OptionError(f"Pool2d: kind must be 'max' or 'avg', got {kind!r}.")
+        make = nn.MaxPool2d if kind == "max" else nn.AvgPool2d
+        self.pool = make(kernel_size, stride, padding)
+
+    def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
+        if x.ndim != 5:
+            raise ShapeError(f"Pool2d: expected [T, B, C, H, W], got {tuple(x.shape)}. Put it where there are images.")
+        check_floating("Pool2d", x)
+        return self.pool(x.flatten(0, 1)).unflatten(0, x.shape[:2]), None
+
+
+class Twice(Stateless):
+    """The same channels twice, side by side: [T, B, C, ...] -> [T, B, 2C, ...]; two streams that start equal."""
+
+    def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
+        return torch.cat([x, x], 2), None
+
+
 class AveragePoolTime(Stateless):
     """Mean over neighbouring time steps: [T, B, C] -> [T', B, C]; consumes time.
 

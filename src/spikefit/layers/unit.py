@@ -100,7 +100,7 @@ class SpikingUnit(nn.Module):
             x: input [T, B, C, ...], dense or packed.
             v_0: membrane [B, C_out, ...], or None for zeros.
             shortcut: current added behind the norm, [T, B, C_out, ...].
-            packed: hand the spikes on as `PackedSpikes` if the unit keeps bits, and a current as `LaterCurrent`.
+            packed: hand the spikes on as `PackedSpikes` if the unit keeps bits.
 
         Returns:
             (spikes [T, B, C_out, ...] after the pool, last membrane before the pool); (current, None) without a neuron.
@@ -114,13 +114,15 @@ class SpikingUnit(nn.Module):
         if self.keep != "all" and self.neuron is not None:
             spikes, v_T = self._run_lean(x, v_0, shortcut)
             return spikes if packed else spikes.dense(), v_T
-        if self.keep != "all" and packed:
-            return LaterCurrent(self, x), None
         current = self.current(x, shortcut)
         if self.neuron is None:
             return current, None
         spikes, v_T = self.neuron(current, v_0)
         return pool_spikes(spikes, self.pool), v_T
+
+    def later(self, x: Spikes) -> "Tensor | LaterCurrent":
+        """The current of a unit without a neuron, as the shortcut of another one, which rebuilds both if it is lean."""
+        return LaterCurrent(self, x) if self.keep != "all" else self(x)[0]
 
     def current(self, x: Spikes, shortcut: "Spikes | LaterCurrent | None" = None) -> Tensor:
         """norm(W * x) + shortcut, [T, B, C_out, ...], by plain autograd: what the neuron gets."""
@@ -235,6 +237,7 @@ class SpikingConv2d(SpikingUnit):
         norm: "bn", "tdbn", "step_bn", "ws" or "none".
         neuron: a module, a name, {"name": ..., option: ...}, or None for a unit that returns the current.
         pool: None, "max" or "avg" (2x2).
+        bias: whether the weight has one; None for one where no norm has it ("ws", "none").
         chunk: batch rows per call of the weight.
 
     Shapes:
@@ -257,6 +260,7 @@ class SpikingConv2d(SpikingUnit):
         norm: str = "bn",
         neuron: NeuronLike = "lif",
         pool: str | None = None,
+        bias: bool | None = None,
         chunk: int | None = None,
     ) -> None:
         neuron = _neuron(neuron)
@@ -269,7 +273,7 @@ class SpikingConv2d(SpikingUnit):
             padding=dilation * (kernel_size // 2) if padding is None else padding,
             dilation=dilation,
             groups=groups,
-            bias=norm in ("ws", "none"),
+            bias=norm in ("ws", "none") if bias is None else bias,
         )
         super().__init__(synapse, _norm(norm, out_channels, neuron), neuron, pool=pool, chunk=chunk)
 

@@ -12,6 +12,8 @@ from spikefit.models.har import har_conv, har_mlp
 from spikefit.models.mlp import mlp
 from spikefit.models.network import SpikingNetwork, use_strategy
 from spikefit.models.resnet import resnet19
+from spikefit.models.revsformer import revsformer
+from spikefit.models.revsresnet import revsresnet
 from spikefit.models.vgg import vgg
 
 
@@ -30,6 +32,10 @@ MODELS: dict[str, ModelKind] = {
     "vgg11": ModelKind(partial(vgg, "vgg11"), "8 convolutions, 5 pools"),
     "vgg16": ModelKind(partial(vgg, "vgg16"), "13 convolutions, 14.9 M parameters"),
     "resnet19": ModelKind(resnet19, "17 convolutions with shortcuts; widths = wide | narrow"),
+    "revsresnet21": ModelKind(partial(revsresnet, "revsresnet21"), "blocks of two streams that run backwards; 11.0 M"),
+    "revsresnet37": ModelKind(partial(revsresnet, "revsresnet37"), "the same with 8 blocks, 23.5 M parameters"),
+    "revsformer_2_384": ModelKind(partial(revsformer, "revsformer_2_384"), "spiking attention in two streams, 5.8 M"),
+    "revsformer_4_384": ModelKind(partial(revsformer, "revsformer_4_384"), "the same with 4 blocks, 9.3 M parameters"),
     "har_mlp": ModelKind(har_mlp, "four equal dense layers, one sensor sample per time step"),
     "har_conv": ModelKind(har_conv, "convolutions over time for windows of sensor samples"),
 }
@@ -57,6 +63,24 @@ PRESETS: dict[str, Preset] = {
         },
         "step_bn",
         "leak 0.25, gain 0.75, batch norm per step: release of EfficientLIF-Net (Kim et al. 2023, arXiv:2305.18360)",
+    ),
+    "revsresnet": Preset(
+        {"name": "if", "v_threshold": 1.0, "v_reset": 0.0, "detach_reset": True, "surrogate": "atan(2)"},
+        "bn",
+        "neurons without leak, hard reset: RevSResNet on CIFAR (Zhang and Zhang 2024, arXiv:2312.07922)",
+    ),
+    "revsformer": Preset(
+        {
+            "name": "lif",
+            "tau": 2.0,
+            "decay_input": True,
+            "v_threshold": 1.0,
+            "v_reset": 0.0,
+            "detach_reset": True,
+            "surrogate": "sigmoid(4)",
+        },
+        "bn",
+        "tau 2, hard reset, sigmoid surrogate: RevSFormer on CIFAR (Zhang and Zhang 2024, arXiv:2312.07922)",
     ),
 }
 

@@ -127,6 +127,12 @@ class SpikingNeuron(nn.Module):
         """Shape of the membrane of one sample, for a current of `shape` = (C, ...)."""
         return (shape[0] // self.groups, *shape[1:])
 
+    def init_state(
+        self, batch_size: int, shape: tuple[int, ...], *, device: Any = None, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, tuple[int, ...]]:
+        """(zero membrane [B, ...], shape of one output sample), for currents of `shape`: a neuron alone is a block."""
+        return torch.zeros((batch_size, *self.state_shape(shape)), device=device, dtype=dtype), tuple(shape)
+
     def forward(self, x: Tensor, v_0: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Current [T, B, ...] and membrane [B, ...] (None for zeros) -> (spikes [T, B, ...], membrane [B, ...]).
 

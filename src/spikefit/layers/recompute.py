@@ -1,0 +1,74 @@
+"""What a forward ran in, so that backward can run it again and get the same."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from spikefit.layers.norm import BatchNorm, frozen_statistics
+from spikefit.ops.dispatch import Backend, resolve, use_backend
+
+
+class Surroundings(NamedTuple):
+    """Autocast and backend of a forward.
+
+    Attributes:
+        device: type of the tensors, "cpu" or "cuda".
+        enabled, dtype: of autocast there.
+        backend: that `use_backend` had chosen.
+    """
+
+    device: str
+    enabled: bool
+    dtype: torch.dtype
+    backend: Backend
+
+    @classmethod
+    def now(cls, device: str) -> "Surroundings":
+        """Those of the caller."""
+        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        return cls(device, *autocast, cast(Backend, resolve("auto")))
+
+    @contextmanager
+    def again(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """Within the block they hold again, wherever backward is called, and the norms of `modules` keep still."""
+        autocast = torch.autocast(self.device, dtype=self.dtype, enabled=self.enabled)
+        with autocast, use_backend(self.backend), frozen_statistics(modules):
+            yield
+
+
+def tensors_read(module: nn.Module) -> dict[str, Tensor]:
+    """What the results of `module` depend on: parameters, and running statistics where the norms use them."""
+    named: dict[str, Tensor] = dict(module.named_parameters())
+    for path, part in module.named_modules():
+        if isinstance(part, BatchNorm) and not part.training:
+            named |= {f"{path}.{key}": getattr(part, key) for key in ("running_mean", "running_var")}
+    return named
+
+
+def random_state(device: torch.device) -> list[Tensor]:
+    """States of the generators that a module on `device` draws from."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def drawn_since(before: list[Tensor], device: torch.device) -> bool:
+    """Whether random numbers have been drawn since `before`."""
+    return any(not torch.equal(a, b) for a, b in zip(before, random_state(device), strict=True))
+
+
+@contextmanager
+def replayed(states: list[Tensor] | None, device: torch.device) -> Iterator[None]:
+    """Within the block the generators draw again from `states`; afterwards they are as before. None does nothing."""
+    if states is None:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.set_rng_state(states[0])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(states[1], device)
+        yield
