@@ -1,6 +1,5 @@
 """Blocks of two streams: streams come back to the bit, gradients equal plain autograd, and what is refused."""
 
-
 import pytest
 import torch
 from tests.support import dyadic, saved_bytes
