@@ -50,3 +50,7 @@ class CheckpointError(SpikefitError):
 
 class TrainingError(SpikefitError, RuntimeError):
     """Training cannot go on, for example because the loss is not finite."""
+
+
+class ReconstructionError(SpikefitError, RuntimeError):
+    """A state that backward rebuilt is not the one of forward, so the gradient would be wrong."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spikefit.engines import depth, membranes
+from spikefit.engines import depth, membranes, node
 from spikefit.engines.plan import Plan
 from spikefit.errors import StrategyError
 from spikefit.layers import SpikingUnit
@@ -123,11 +123,32 @@ STRATEGIES: dict[str, StrategyKind] = {
         membranes.no_option("integer"),
         check_chain=lambda chain, option: membranes.check_rebuilt(chain, Rebuild("integer")),
     ),
+    "streamlined": StrategyKind(
+        "invert it, for two-group nodes: keep outputs and every K-th state, inverse and gradient in one pass; that of "
+        "bptt up to rho^K roundings and rare wrong spikes; option: K, or none (default: 4, or as many as are safe)",
+        False,
+        node.run_reversing("streamlined"),
+        node.check_reversal("streamlined"),
+        check_chain=node.check_two_group("streamlined"),
+    ),
+    "generic": StrategyKind(
+        "the same as wrappers of reversible layers do it: inverse, forward again, gradient; the rival of streamlined",
+        False,
+        node.run_reversing("generic"),
+        node.check_reversal("generic"),
+        check_chain=node.check_two_group("generic"),
+    ),
 }
 
 
 # What the options are called where a strategy is written as a table, in the order in which a text has them.
-OPTION_NAMES = {"lean": ("keep",), "checkpoint": ("every",), "inverse": ("anchor_every", "tol")}
+OPTION_NAMES = {
+    "lean": ("keep",),
+    "checkpoint": ("every",),
+    "inverse": ("anchor_every", "tol"),
+    "streamlined": ("anchor_every",),
+    "generic": ("anchor_every",),
+}
 
 
 def parse_strategy(text: "str | dict[str, Any] | Strategy") -> Strategy:
