@@ -109,6 +109,14 @@ def _places(run, pairs, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _kept(steps, every, anchors, N, here):
+    """(where the kept state after so many steps lies, whether it is one of those before the last)."""
+    number = tl.zeros_like(here.to(tl.int64)) + steps
+    row = number // every
+    return (row - 1) * N, here & (number % every == 0) & (row <= anchors)
+
+
+@triton.jit
 def _phi(x, v, leak, kappa, theta, v_reset, RESET: tl.constexpr):
     """Charge, fire and reset of one group: (s, r, u)."""
     u = leak * v + kappa * x
@@ -184,11 +192,9 @@ def _forward_kernel(
             tl.store(u_ptr + at + first, u1, mask=here)
             tl.store(u_ptr + at + second, u2, mask=here)
         if ANCHORS:
-            k = (t + 1) // every
-            kept = here & ((t + 1) % every == 0) & (k <= anchors)
-            row = anchors_ptr + (tl.zeros([1], tl.int64) + k - 1) * N
-            tl.store(row + first, v1, mask=kept)
-            tl.store(row + second, v2, mask=kept)
+            row, kept = _kept(t + 1, every, anchors, N, here)
+            tl.store(anchors_ptr + row + first, v1, mask=kept)
+            tl.store(anchors_ptr + row + second, v2, mask=kept)
         if COUNT:
             _store_counts(sums_ptr, t, T, s1, s2, here)
         at += N
@@ -211,11 +217,9 @@ def _streamlined_kernel(
         at = (tl.zeros([1], tl.int64) + t) * N
         if ANCHORS:
             # a kept state takes the place of the rebuilt one
-            k = (t + 1) // every
-            kept = ((t + 1) % every == 0) & (k <= anchors)
-            row = anchors_ptr + (tl.zeros([1], tl.int64) + k - 1) * N
-            v1 = tl.where(kept, tl.load(row + first, mask=here & kept, other=0.0), v1)
-            v2 = tl.where(kept, tl.load(row + second, mask=here & kept, other=0.0), v2)
+            row, kept = _kept(t + 1, every, anchors, N, here)
+            v1 = tl.where(kept, tl.load(anchors_ptr + row + first, mask=kept, other=0.0), v1)
+            v2 = tl.where(kept, tl.load(anchors_ptr + row + second, mask=kept, other=0.0), v2)
         y1 = tl.load(y_ptr + at + first, mask=here, other=0.0)
         y2 = tl.load(y_ptr + at + second, mask=here, other=0.0)
         g1 = tl.load(g_ptr + at + first, mask=here, other=0.0)

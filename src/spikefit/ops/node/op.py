@@ -1,14 +1,14 @@
 """The one door to the two-group node: it checks, chooses a backend and what is kept, and owns the backward."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
 
-from spikefit.errors import OptionError, ReconstructionError, ShapeError, StateError
+from spikefit.errors import BackendError, OptionError, ReconstructionError, ShapeError, StateError
 from spikefit.ops import dispatch
 from spikefit.ops.lif.op import Layout
 from spikefit.ops.node import reference
@@ -188,7 +188,7 @@ class _Reversed(torch.autograd.Function):
     def forward(ctx, x: Tensor, v_0: Tensor, call: _Call):
         if call.backend == "reference":
             y, v_T, anchors, counts = reference.forward(x, v_0, call.node, call.every)
-            counts = counts if call.check else counts[:0]
+            counts = counts if call.check else _no_counts(x, False)
         else:
             y, v_T, _, anchors, counts = _forward(x, v_0, False, *call.options)
         ctx.call = call
@@ -197,12 +197,18 @@ class _Reversed(torch.autograd.Function):
         return y, v_T
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g: Tensor | None, q: Tensor | None):
-        y, v_T, anchors, counts = ctx.saved_tensors
-        call: _Call = ctx.call
         if g is None and q is None:
             return None, None, None
+        with torch.no_grad():
+            dx, dv_0 = _Reversed.gradient(ctx, g, q)
+        return _last(dx), _last(dv_0) if ctx.needs_input_grad[1] else None, None
+
+    @staticmethod
+    def gradient(ctx, g: Tensor | None, q: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(dx, dv_0)."""
+        y, v_T, anchors, counts = ctx.saved_tensors
+        call: _Call = ctx.call
         g = torch.zeros_like(y) if g is None else g
         q = torch.zeros_like(v_T) if q is None else q
         if call.backend == "reference":
@@ -212,7 +218,7 @@ class _Reversed(torch.autograd.Function):
             dx, dv_0, found = _backward(g, q, y, v_T, anchors, call.strategy == "generic", *call.options)
         if call.check:
             _compare(found, counts, call)
-        return dx, dv_0 if ctx.needs_input_grad[1] else None, None
+        return dx, dv_0
 
 
 class _Kept(torch.autograd.Function):
@@ -227,15 +233,35 @@ class _Kept(torch.autograd.Function):
         return y, v_T
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g: Tensor | None, q: Tensor | None):
-        (u,) = ctx.saved_tensors
         if g is None and q is None:
             return None, None, None
+        (u,) = ctx.saved_tensors
         g = torch.zeros_like(u) if g is None else g
         q = torch.zeros_like(u[0]) if q is None else q
-        dx, dv_0 = _adjoint(g, q, u, *ctx.call.options)
-        return dx, dv_0 if ctx.needs_input_grad[1] else None, None
+        with torch.no_grad():
+            dx, dv_0 = _adjoint(g, q, u, *ctx.call.options)
+        return _last(dx), _last(dv_0) if ctx.needs_input_grad[1] else None, None
+
+
+class _Last(torch.autograd.Function):
+    """A gradient that has no derivative of its own, where one may be asked for."""
+
+    @staticmethod
+    def forward(ctx, d: Tensor, anything: Tensor):
+        return d.view_as(d)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise BackendError(
+            "two_group: expected first derivatives only, as the kernels and the strategies streamlined and generic have "
+            "no second one; use strategy='bptt' with backend='reference'."
+        )
+
+
+def _last(d: Tensor) -> Tensor:
+    """`d`, which raises if it is differentiated."""
+    return _Last.apply(d, torch.zeros((), requires_grad=True)) if torch.is_grad_enabled() else d
 
 
 def _compare(found: Tensor, counts: Tensor, call: _Call) -> None:
@@ -273,8 +299,18 @@ class _Rows:
 
     def empty(self, like: Tensor, steps: int) -> Tensor:
         """`steps` states [steps, B, C, ...] in this order."""
-        order, shape = self.layout.order, (steps, *self.layout.shape[1:])
-        return like.new_empty(shape).permute(sorted(range(len(order)), key=order.__getitem__))
+        return self._empty(like, (steps, *self.layout.shape[1:]), self.layout.order)
+
+    def empty_state(self, like: Tensor) -> Tensor:
+        """A state [B, C, ...] in this order."""
+        return self._empty(like, self.layout.shape[1:], [i - 1 for i in self.layout.order[1:]])
+
+    @staticmethod
+    def _empty(like: Tensor, shape: Sequence[int], order: Sequence[int]) -> Tensor:
+        # a permuted view could not be changed in place by whoever gets it as a result
+        places = sorted(range(len(order)), key=order.__getitem__)
+        strides = [math.prod(shape[k + 1 :]) for k in range(len(shape))]
+        return like.new_empty_strided([shape[k] for k in places], [strides[k] for k in places])
 
 
 def _kernels(backend: str):
@@ -318,7 +354,7 @@ def _forward(
 
 def _forward_results(rows: _Rows, x: Tensor, keep_u: bool, every: int, check: bool) -> tuple[Tensor, ...]:
     T = x.shape[0]
-    y, v_T, u = rows.empty(x, T), rows.empty(x, 1)[0], rows.empty(x, T if keep_u else 0)
+    y, v_T, u = rows.empty(x, T), rows.empty_state(x), rows.empty(x, T if keep_u else 0)
     return y, v_T, u, rows.empty(x, _kept_states(T, every)), _no_counts(x, check)
 
 
@@ -350,7 +386,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dv_0, spikes of every step and group, or nothing)."""
     node, rows = TwoGroups.unflat(numbers, reset, detach_reset, surrogate), _Rows(y)
-    dx, dv_0, counts = rows.empty(y, y.shape[0]), rows.empty(y, 1)[0], _no_counts(y, check)
+    dx, dv_0, counts = rows.empty(y, y.shape[0]), rows.empty_state(y), _no_counts(y, check)
     run = _generic if generic else _kernels(backend).streamlined
     run(
         rows.sequence(g), rows.state(q), rows.sequence(y), rows.state(v_T), rows.sequence(anchors), rows.sequence(dx),
@@ -362,7 +398,7 @@ def _backward(
 @_backward.register_fake
 def _(g, q, y, v_T, anchors, generic, *options):
     rows = _Rows(y)
-    return rows.empty(y, y.shape[0]), rows.empty(y, 1)[0], _no_counts(y, options[-2])
+    return rows.empty(y, y.shape[0]), rows.empty_state(y), _no_counts(y, options[-2])
 
 
 def _generic(
@@ -385,6 +421,13 @@ def _generic(
         q = dv_0
 
 
+def generic_scratch_bytes(arguments: Sequence[Any]) -> int:
+    """Working memory inside `spikefit::two_group_backward`, from its arguments, which no tensor shows."""
+    y, v_T, generic, every = arguments[2], arguments[3], arguments[5], arguments[10]
+    # inputs, outputs and membranes of a segment, and the states around it
+    return (3 * min(y.shape[0], every) + 2) * v_T.nbytes if generic else 0
+
+
 @torch.library.custom_op("spikefit::two_group_adjoint", mutates_args=())
 def _adjoint(
     g: Tensor,
@@ -400,7 +443,7 @@ def _adjoint(
 ) -> tuple[Tensor, Tensor]:
     """(dx, dv_0) from the membranes of all steps."""
     node, rows = TwoGroups.unflat(numbers, reset, detach_reset, surrogate), _Rows(u)
-    dx, dv_0 = rows.empty(u, u.shape[0]), rows.empty(u, 1)[0]
+    dx, dv_0 = rows.empty(u, u.shape[0]), rows.empty_state(u)
     _kernels(backend).adjoint(
         rows.sequence(g), rows.state(q), rows.sequence(u), rows.sequence(dx), rows.state(dv_0), rows.run, node
     )
@@ -410,4 +453,4 @@ def _adjoint(
 @_adjoint.register_fake
 def _(g, q, u, *options):
     rows = _Rows(u)
-    return rows.empty(u, u.shape[0]), rows.empty(u, 1)[0]
+    return rows.empty(u, u.shape[0]), rows.empty_state(u)
