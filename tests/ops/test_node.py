@@ -288,7 +288,9 @@ def test_the_check_names_the_step_that_backward_meets_first():
 
 def test_without_anchors_a_long_sequence_is_refused():
     x, v_0 = inputs(16, 2, 4, 5, dtype=torch.float32)
-    with pytest.raises(StrategyError, match=r"16 steps would be undone.*rho=5\.51.*float32.*anchor_every is 5; or raise"):
+    with pytest.raises(
+        StrategyError, match=r"16 steps would be undone.*rho=5\.51.*float32.*anchor_every is 5; or raise"
+    ):
         two_group(x, v_0, reversal=Reversal("streamlined", None))
     two_group(x[:5], v_0, reversal=Reversal("streamlined", None))
     two_group(x.double()[:13], v_0.double(), reversal=Reversal("streamlined", None))
@@ -384,7 +386,11 @@ X, V = torch.zeros(4, 2, 6, 3), torch.zeros(2, 6, 3)
         (lambda: two_group(X, V[:1]), StateError, r"got \(1, 6, 3\).*Pass the state of this batch"),
         (lambda: two_group(X, alpha=0.0), OptionError, r"alpha must lie in \(0, kappa\].*divides.*got 0.0"),
         (lambda: two_group(X, alpha=-0.1), OptionError, r"alpha must lie in \(0, kappa\]"),
-        (lambda: two_group(X, alpha=0.7), OptionError, r"at most kappa, here 0.5, got 0.7.*grow by 1.24 per step.*Lower"),
+        (
+            lambda: two_group(X, alpha=0.7),
+            OptionError,
+            r"at most kappa, here 0.5, got 0.7.*grow by 1.24 per step.*Lower",
+        ),
         (lambda: two_group(X, alpha=float("nan")), OptionError, "alpha must be a finite number, got nan"),
         (lambda: two_group(X, beta=0), OptionError, "beta must not be 0.*take beta=0.5"),
         (lambda: two_group(X, kappa=0.0), OptionError, r"kappa must lie in \(0, 1\].*got 0.0"),

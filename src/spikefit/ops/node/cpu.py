@@ -63,9 +63,7 @@ def streamlined(
     _add(counts, sums)
 
 
-def inverse(
-    y_TN: Tensor, w: Tensor, x_TN: Tensor, v: Tensor, counts: Tensor, run: int, node: TwoGroups
-) -> None:
+def inverse(y_TN: Tensor, w: Tensor, x_TN: Tensor, v: Tensor, counts: Tensor, run: int, node: TwoGroups) -> None:
     """Run the steps of `y_TN` backwards from the state `w` after them; fills inputs `x_TN` and the state `v` before."""
     sums = _sums(y_TN, counts)
     use_torch_threads()
@@ -73,9 +71,7 @@ def inverse(
     _add(counts, sums)
 
 
-def adjoint(
-    g_TN: Tensor, q: Tensor, u_TN: Tensor, dx_TN: Tensor, dv_0: Tensor, run: int, node: TwoGroups
-) -> None:
+def adjoint(g_TN: Tensor, q: Tensor, u_TN: Tensor, dx_TN: Tensor, dv_0: Tensor, run: int, node: TwoGroups) -> None:
     """The gradient from the membranes `u_TN` of all steps; fills `dx_TN` and `dv_0`, which may be `q` itself."""
     use_torch_threads()
     _adjoint(
@@ -210,9 +206,7 @@ def _pull(S, alpha, beta, leak, kappa, theta, v_reset, reset, a, kind, p):
 
 
 @numba.njit(cache=True, error_model="numpy", parallel=True)
-def _forward(
-    x_TN, v_0, y_TN, v_T, u_TN, anchors_AN, sums, run, alpha, beta, leak, kappa, theta, v_reset, reset, every
-):
+def _forward(x_TN, v_0, y_TN, v_T, u_TN, anchors_AN, sums, run, alpha, beta, leak, kappa, theta, v_reset, reset, every):
     T, N = x_TN.shape
     pairs = N // 2
     for tile in prange((pairs + WIDTH - 1) // WIDTH):
@@ -296,9 +290,7 @@ def _inverse(y_TN, w, x_TN, v, sums, run, alpha, beta, leak, kappa, theta, v_res
 
 
 @numba.njit(cache=True, error_model="numpy", parallel=True)
-def _adjoint(
-    g_TN, q, u_TN, dx_TN, dv_0, run, alpha, beta, leak, kappa, theta, v_reset, reset, a, kind, p
-):
+def _adjoint(g_TN, q, u_TN, dx_TN, dv_0, run, alpha, beta, leak, kappa, theta, v_reset, reset, a, kind, p):
     T, N = g_TN.shape
     pairs = N // 2
     for tile in prange((pairs + WIDTH - 1) // WIDTH):
