@@ -11,6 +11,8 @@ distance of anchors, and carries the error of the gradient of the node against b
     rms    length of the difference over the length of the gradient
     off    inputs whose gradient is wrong by more than 1 % of the largest: a spike came back wrong
 
+"large" rows look for such spikes among many neurons: they are rare, and near the threshold any rounding makes one.
+
 Seconds: 2^21 neurons in float32, all in turns in one process, forward and backward apart; numba and reference each
 against itself. No number is printed unless outputs are equal bit for bit and float64 gradients agree to 1e-12.
 
@@ -60,7 +62,18 @@ GROWTHS = [
     *((alpha, 0.5) for alpha in (0.1, 0.2, 0.3, 0.4, 0.5)),
     (0.6, 0.6), (0.7, 0.7), (0.8, 0.8), (0.6, 0.8), (0.9, 0.9), (0.8, 0.9), (0.7, 0.9), (0.6, 0.9),
 ]  # fmt: skip
+# (T, neurons, dtype, alpha, kappa, distance of anchors)
+LARGE = [
+    (4, 2**21, torch.float32, 0.4, 0.5, 1),
+    (4, 2**21, torch.float32, 0.4, 0.5, 4),
+    (20, 2**19, torch.float32, 0.4, 0.5, 4),
+    (20, 2**19, torch.float32, 0.8, 0.9, None),
+    (20, 2**19, torch.float32, 0.9, 0.9, None),
+    (20, 2**19, torch.float64, 0.5, 0.5, None),
+]
 CLAIM, FASTER = 58.65, 0.25
+# Largest error of the gradient with which a ratio counts as reached safely.
+SAFE_ERROR = 1e-5
 
 
 def currents(T: int, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -196,21 +209,27 @@ def growth_row(alpha: float, kappa: float) -> dict[str, float]:
     }
 
 
-def large_layer(T: int, neurons: int) -> dict[str, Any]:
-    """Inputs with a wrong gradient in a large layer at the defaults, float32, anchors every 4."""
-    x = currents(T, 32, neurons // 32)
-    _, wanted = gradient("bptt", "numba", x)
-    _, dx = gradient("streamlined", "numba", x, 4)
+def large_row(
+    T: int, neurons: int, dtype: torch.dtype, alpha: float, kappa: float, every: int | None
+) -> dict[str, Any]:
+    """How often a spike comes back wrong, on many neurons: inputs with a wrong gradient (hard reset, attached)."""
+    options = {"alpha": alpha, "kappa": kappa}
+    x = currents(T, 32, neurons // 32, dtype=dtype)
+    _, wanted = gradient("bptt", "numba", x, **options)
+    _, dx = gradient("streamlined", "numba", x, every, **options)
     difference, largest = (dx - wanted).abs(), wanted.abs().max()
     off = int((difference > 0.01 * largest).sum())
-    rms = float(difference.norm() / wanted.norm())
     return {
         "T": T,
         "neurons": neurons,
-        "inputs": x.numel(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "alpha": alpha,
+        "kappa": kappa,
+        "anchor_every": every,
         "off": off,
+        "off per million": 1e6 * off / x.numel(),
         "max": float(difference.max() / largest),
-        "rms": rms,
+        "rms": float(difference.norm() / wanted.norm()),
     }
 
 
@@ -274,7 +293,7 @@ def main() -> int:
     nodes = [node_row(*setting, reset) for setting in SETTINGS for reset in RESETS]
     layers = [layer_row(T, 4, reset) for T in (4, 8, 20) for reset in RESETS]
     seconds, ratios, targets = timed(args.quick)
-    safe = [r for r in nodes if r["rho^K eps"] <= 1e-3]
+    safe = [r for r in nodes if r["rho^K eps"] <= 1e-3 and r["error"]["max"] <= SAFE_ERROR]
     best = max(safe, key=lambda r: r["ratio"]["states"])
     ratios["bytes of a node: bptt / states, safe, best"] = best["ratio"]["states"]
     targets["bytes of a node: bptt / states, safe, best"] = f">= {CLAIM}"
@@ -282,7 +301,7 @@ def main() -> int:
         "growth": [growth_row(*pair) for pair in GROWTHS],
         "nodes": nodes,
         "layers": layers,
-        "large": large_layer(4, 2**18 if args.quick else 2**21),
+        "large": [large_row(T, n // 8 if args.quick else n, *rest) for T, n, *rest in LARGE],
         "seconds": seconds,
         "ratios": ratios,
         "targets": targets,
@@ -292,12 +311,14 @@ def main() -> int:
         ratios_of, error = row["ratio"], row["error"]
         print(
             f"  T={row['T']:<3} {row['reset']:<15} {row['dtype']} alpha {row['alpha']:g} kappa {row['kappa']:g} "
-            f"K={row['anchor_every']!s:<5} states {ratios_of['states']:5.1f} (kernels {ratios_of['states, against kernels']:4.1f})  with y {ratios_of['outputs, reversed']:5.2f}"
+            f"K={row['anchor_every']!s:<5} states {ratios_of['states']:5.1f} "
+            f"(kernels {ratios_of['states, against kernels']:4.1f})  with y {ratios_of['outputs, reversed']:5.2f}"
             f"  error {error['max']:.0e} rms {error['rms']:.0e} off {error['off']}"
         )
     for row in layers:
         print(f"  layer T={row['T']:<3} {row['reset']:<15} K={row['anchor_every']}  {row['ratio']:.2f}")
-    print(f"  large layer: {record['large']}; median of ours {1e3 * median(seconds['ours']):.1f} ms")
+    for row in record["large"]:
+        print("  large", ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
     return 0
 
 

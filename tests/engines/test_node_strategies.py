@@ -143,13 +143,13 @@ def test_a_network_without_a_two_group_node_is_refused(name):
 
 @pytest.mark.parametrize("name", ["lean", "lean:input", "replay", "inverse", "integer"])
 def test_strategies_that_rebuild_spikes_refuse_the_node_by_name(name):
-    with pytest.raises(StrategyError, match="TwoGroupNode has a forward of its own.*use strategy='bptt'"):
+    with pytest.raises(StrategyError, match=r"TwoGroupNode has a forward of its own.*use strategy='bptt'"):
         network(name, dtype=torch.float32)(torch.randn(2, 2, 3, 8, 8))
 
 
 def test_without_anchors_only_what_is_safe():
     model = network("streamlined:none", dtype=torch.float32)
-    with pytest.raises(StrategyError, match="16 steps would be undone.*largest safe anchor_every is 5"):
+    with pytest.raises(StrategyError, match=r"16 steps would be undone.*largest safe anchor_every is 5"):
         model(torch.randn(16, 2, 3, 8, 8))
     with pytest.warns(UserWarning, match="gradients will be off"):
         network("streamlined:16", dtype=torch.float32)(torch.randn(16, 2, 3, 8, 8))

@@ -54,7 +54,7 @@ def test_multipliers_have_their_known_values():
 
 
 def test_the_multiplier_is_that_of_the_linear_map():
-    """Without spikes a step is linear in the state; its eigenvalues are the growth forwards and, inverted, backwards."""
+    """Without spikes a step is linear in the state; its eigenvalues are the growth forwards, inverted backwards."""
     for alpha, kappa in ((0.4, 0.5), (0.3, 0.5), (0.8, 0.9)):
         node = make(alpha, kappa, v_threshold=1e9)
         unit = torch.eye(2, dtype=torch.float64)
@@ -294,7 +294,7 @@ def test_without_anchors_a_long_sequence_is_refused():
         two_group(x, v_0, reversal=Reversal("streamlined", None))
     two_group(x[:5], v_0, reversal=Reversal("streamlined", None))
     two_group(x.double()[:13], v_0.double(), reversal=Reversal("streamlined", None))
-    with pytest.raises(StrategyError, match="one step undone already.*Raise alpha, use float64"):
+    with pytest.raises(StrategyError, match=r"one step undone already.*Raise alpha, use float64"):
         two_group(x, v_0, alpha=1e-7, reversal=Reversal())
 
 
@@ -353,7 +353,7 @@ def test_second_derivatives_are_refused(backend, reversal):
     x.requires_grad_()
     y, _ = two_group(x, v_0, reversal=reversal, backend=backend)
     (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-    with pytest.raises(BackendError, match="first derivatives only.*backend='reference'"):
+    with pytest.raises(BackendError, match=r"first derivatives only.*backend='reference'"):
         gradient.sum().backward()
 
 

@@ -59,8 +59,8 @@ def check_two_group(name: ReversalName) -> Callable[[list[Any], str | None], Non
         modules = [m for block in chain if isinstance(block, nn.Module) for m in block.modules()]
         if not any(isinstance(m, TwoGroupNode) for m in modules):
             raise StrategyError(
-                f"strategy {name}: the network has no two-group node, whose steps alone it can run backwards; create it "
-                "with neuron='two_group', or use strategy='lean', or 'inverse' for a soft reset."
+                f"strategy {name}: the network has no two-group node, whose steps alone it can run backwards; create "
+                "it with neuron='two_group', or use strategy='lean', or 'inverse' for a soft reset."
             )
 
     return check

@@ -24,7 +24,8 @@ def create_neuron(name: str = "lif", **options: Any) -> SpikingNeuron:
 
     Args:
         name: "lif", "if", "plif" or "two_group".
-        **options: those of `LIF`, `IF`, `ParametricLIF` or `TwoGroupNode`; `v_reset="soft"` means None, as TOML cannot write it.
+        **options: those of `LIF`, `IF`, `ParametricLIF` or `TwoGroupNode`; `v_reset="soft"` means None, as
+            TOML cannot write it.
 
     Raises:
         OptionError: unknown name or option; near names are listed.

@@ -14,14 +14,15 @@ from spikefit.ops.surrogate import Surrogate
 class TwoGroupNode(SpikingNeuron):
     """Two groups of neurons that drive each other, with real-valued outputs from which a step can be run backwards.
 
-        phi(x, v):   u = (1 - kappa) v + kappa x,   s = [u >= v_threshold],   r = u + s (v_reset - u), or u - v_threshold s
+        phi(x, v):   u = (1 - kappa) v + kappa x,   s = [u >= v_threshold],   r = u + s (v_reset - u)
+                     r = u - v_threshold s for a soft reset
 
         (s1, r1, u1) = phi(x1, v1)      y1 = s1 + beta x2      w1 = r1 + alpha v2
         (s2, r2, u2) = phi(y1, w1)      y2 = s2 + beta x1      w2 = r2 + alpha v1
 
     The groups are the two halves of the channels. Under plain autograd it keeps what any neuron keeps; inside
-    `spikefit.neurons.reversing(...)`, or in a network under strategy `streamlined` or `generic`, it keeps states alone and
-    backward runs the steps backwards.
+    `spikefit.neurons.reversing(...)`, or in a network under strategy `streamlined` or `generic`, it keeps states alone
+    and backward runs the steps backwards.
 
     Args:
         alpha: share of the other group's membrane that is carried along, 0 < alpha <= kappa.
@@ -41,8 +42,8 @@ class TwoGroupNode(SpikingNeuron):
     Raises:
         OptionError: an option out of range; alpha above kappa, where membranes grow without bound.
 
-    Source: a reconstruction of ours of what is public about Lei et al. 2023, arXiv:2308.08649; the constants of the paper
-    are not public, and these formulas and defaults are not theirs.
+    Source: a reconstruction of ours of what is public about Lei et al. 2023, arXiv:2308.08649; the constants of the
+    paper are not public, and these formulas and defaults are not theirs.
     """
 
     takes_turns = False
@@ -90,7 +91,7 @@ class TwoGroupNode(SpikingNeuron):
         return tuple(shape)
 
     def forward(self, x: Tensor, v_0: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Current [T, B, C, ...] and state [B, C, ...] (None for zeros) -> (outputs [T, B, C, ...], state [B, C, ...])."""
+        """Current [T, B, C, ...], state [B, C, ...] (None for zeros) -> (outputs [T, B, C, ...], state [B, C, ...])."""
         return two_group(
             x,
             v_0,

@@ -1,9 +1,9 @@
 """The two-group node on CPU: numba, parallel over tiles of neuron pairs, the loop over time inside.
 
-A sequence is seen as rows [T, P, 2, M]: P runs of M first-group neurons, each followed by its M partners. A tile is WIDTH
-pairs; what one step of it needs is gathered into one flat scratch that stays in the cache, worked on there, and scattered
-back. All loops run over constant offsets of that scratch, so the compiler knows that nothing overlaps and vectorises. The
-operations and their order are those of `reference`; fastmath is off, so that outputs agree bit for bit.
+A sequence is seen as rows [T, P, 2, M]: P runs of M first-group neurons, each followed by its M partners. A tile is
+WIDTH pairs; what one step of it needs is gathered into one flat scratch that stays in the cache, worked on there, and
+scattered back. All loops run over constant offsets of that scratch, so the compiler knows that nothing overlaps and
+vectorises. The operations and their order are those of `reference`; fastmath is off, so that outputs agree bit for bit.
 """
 
 import numba
@@ -18,6 +18,7 @@ from spikefit.ops.node.equation import TwoGroups
 from spikefit.ops.surrogate import FORMS
 from spikefit.ops.threads import use_torch_threads
 
+SOFT = RESETS.index("soft")
 # Pairs per tile: 14 rows of 1024 float32 are 57 KiB, which the second-level cache holds beside what it prefetches.
 WIDTH = 1024
 # A cache line more than a tile: rows a power of two apart would share the sets of the cache.
@@ -44,7 +45,7 @@ def forward(
     use_torch_threads()
     _forward(
         x_TN.numpy(), v_0.numpy(), y_TN.numpy(), v_T.numpy(), u_TN.numpy(), anchors_AN.numpy(), sums, run,
-        *_numbers(node, v_0), every,
+        every, *_numbers(node, v_0),
     )  # fmt: skip
     _add(counts, sums)
 
@@ -58,7 +59,7 @@ def streamlined(
     use_torch_threads()
     _streamlined(
         g_TN.numpy(), q.numpy(), y_TN.numpy(), v_T.numpy(), anchors_AN.numpy(), dx_TN.numpy(), dv_0.numpy(), sums, run,
-        *_numbers(node, v_T), *_gradient_numbers(node, v_T), every,
+        every, *_numbers(node, v_T), *_gradient_numbers(node, v_T),
     )  # fmt: skip
     _add(counts, sums)
 
@@ -187,9 +188,6 @@ def _through(slope, u, theta, v_reset, reset, a):
     return (one - fires(u, theta, False)) + a * (v_reset - u) * slope
 
 
-SOFT = RESETS.index("soft")
-
-
 @numba.njit(cache=True, error_model="numpy")
 def _pull(S, alpha, beta, leak, kappa, theta, v_reset, reset, a, kind, p):
     """The gradient of one step: G, Q, U -> X (dL/dx) and Q, all in the scratch."""
@@ -235,8 +233,8 @@ def _forward(x_TN, v_0, y_TN, v_T, u_TN, anchors_AN, sums, run, alpha, beta, lea
 
 @numba.njit(cache=True, error_model="numpy", parallel=True)
 def _streamlined(
-    g_TN, q, y_TN, v_T, anchors_AN, dx_TN, dv_0, sums, run,
-    alpha, beta, leak, kappa, theta, v_reset, reset, a, kind, p, every,
+    g_TN, q, y_TN, v_T, anchors_AN, dx_TN, dv_0, sums, run, every,
+    alpha, beta, leak, kappa, theta, v_reset, reset, a, kind, p,
 ):  # fmt: skip
     T, N = g_TN.shape
     pairs = N // 2

@@ -224,7 +224,7 @@ def _streamlined_kernel(
         y2 = tl.load(y_ptr + at + second, mask=here, other=0.0)
         g1 = tl.load(g_ptr + at + first, mask=here, other=0.0)
         g2 = tl.load(g_ptr + at + second, mask=here, other=0.0)
-        x1, x2, v1, v2, s1, s2, u1, u2 = _undo(y1, y2, v1, v2, alpha, beta, leak, kappa, theta, v_reset, RESET)
+        _x1, _x2, v1, v2, s1, s2, u1, u2 = _undo(y1, y2, v1, v2, alpha, beta, leak, kappa, theta, v_reset, RESET)
         dx1, dx2, q1, q2 = _pull(
             g1, g2, q1, q2, s1, s2, u1, u2, alpha, beta, leak, kappa, theta, v_reset, p, RESET, ATTACHED, SLOPE
         )
@@ -248,7 +248,7 @@ def _inverse_kernel(
         at = (tl.zeros([1], tl.int64) + t) * N
         y1 = tl.load(y_ptr + at + first, mask=here, other=0.0)
         y2 = tl.load(y_ptr + at + second, mask=here, other=0.0)
-        x1, x2, v1, v2, s1, s2, u1, u2 = _undo(y1, y2, v1, v2, alpha, beta, leak, kappa, theta, v_reset, RESET)
+        x1, x2, v1, v2, s1, s2, _u1, _u2 = _undo(y1, y2, v1, v2, alpha, beta, leak, kappa, theta, v_reset, RESET)
         tl.store(x_ptr + at + first, x1, mask=here)
         tl.store(x_ptr + at + second, x2, mask=here)
         if COUNT:

@@ -106,8 +106,8 @@ def check_mixing(alpha: float, beta: float, kappa: float) -> None:
         )
     if alpha > kappa:
         raise OptionError(
-            f"two_group: alpha must be at most kappa, here {kappa:g}, got {alpha:g}: without spikes the membranes would "
-            f"grow by {forward_multiplier(alpha, kappa):.3g} per step. Lower alpha to {kappa:g}, or raise kappa."
+            f"two_group: alpha must be at most kappa, here {kappa:g}, got {alpha:g}: without spikes the membranes "
+            f"would grow by {forward_multiplier(alpha, kappa):.3g} per step. Lower alpha to {kappa:g}, or raise kappa."
         )
 
 

@@ -46,15 +46,15 @@ def two_group(
     outputs y are real numbers. Given y and the state after it, a step can be run backwards, dividing by alpha and beta;
     rounding then grows by rho per step (`spikefit.ops.node.equation.reverse_multiplier`).
 
-    What is kept between forward and backward: with `reversal=None` what autograd keeps (the reference) or the membranes u
-    of all steps (the kernels); with a `Reversal` the outputs y, which the next layer keeps anyway, the last state and the
-    anchors. The gradient is then that of plain autograd up to about rho^K eps, K the distance of anchors, as long as no
-    membrane lies so close to the threshold that its spike comes back wrong; such a neuron gets a wrong gradient until its
-    next anchor. `check="spikes"` looks for that.
+    What is kept between forward and backward: with `reversal=None` what autograd keeps (the reference) or the membranes
+    u of all steps (the kernels); with a `Reversal` the outputs y, which the next layer keeps anyway, the last state and
+    the anchors. The gradient is then that of plain autograd up to about rho^K eps, K the distance of anchors, as long
+    as no membrane lies so close to the threshold that its spike comes back wrong: such a pair of neurons gets a wrong
+    gradient at that step and those before it, down to the next anchor. `check="spikes"` looks for that.
 
     Args:
-        x: input current, [T, B, C, ...] with C even, in the unit of `v_threshold`; float32 or float64. Half precision is
-            converted to float32 under autocast and refused outside.
+        x: input current, [T, B, C, ...] with C even, in the unit of `v_threshold`; float32 or float64. Half precision
+            is converted to float32 under autocast and refused outside.
         v_0: state before the first step, [B, C, ...], both groups side by side; zeros if None. float32, or float64 for
             float64 input.
         alpha: share of the other group's membrane that is carried along, 0 < alpha <= kappa (above, membranes grow).
@@ -69,19 +69,20 @@ def two_group(
         backend: "auto", "reference", "numba" (CPU) or "triton" (CUDA).
 
     Returns:
-        (y, v_T): outputs [T, B, C, ...] in the memory order of `x` and the state after the last step [B, C, ...], float32
-        (float64 for float64 input).
+        (y, v_T): outputs [T, B, C, ...] in the memory order of `x` and the state after the last step [B, C, ...],
+        float32 (float64 for float64 input).
 
     Raises:
-        ShapeError: no time, batch or channel axis, T = 0, an odd number of channels, or half precision outside autocast.
+        ShapeError: no time, batch or channel axis, T = 0, an odd number of channels, or half precision outside
+            autocast.
         StateError: `v_0` of another shape, dtype or device than `x` asks for.
         OptionError: an option outside its range.
         StrategyError: without anchors rounding would grow too far.
         BackendError: the backend asked for cannot run this call.
         ReconstructionError: in backward, with `check="spikes"`, if a spike comes back wrong.
 
-    Source: a reconstruction of ours of what is public about Lei et al. 2023, arXiv:2308.08649; the constants of the paper
-    are not public, and these formulas are not theirs.
+    Source: a reconstruction of ours of what is public about Lei et al. 2023, arXiv:2308.08649; the constants of the
+    paper are not public, and these formulas are not theirs.
     """
     node = TwoGroups.make(
         alpha=alpha,
@@ -116,8 +117,8 @@ def _checked_input(x: Tensor) -> Tensor:
     """`x` in the compute dtype."""
     if x.ndim < 3:
         raise ShapeError(
-            f"two_group: expected x as [T, B, C, ...], got {tuple(x.shape)}. Time comes first, then the batch, then the "
-            "channels, whose two halves are the groups."
+            f"two_group: expected x as [T, B, C, ...], got {tuple(x.shape)}. Time comes first, then the batch, then "
+            "the channels, whose two halves are the groups."
         )
     if x.shape[0] == 0:
         raise ShapeError(f"two_group: expected at least one time step, got x of shape {tuple(x.shape)} with T = 0.")
@@ -254,8 +255,8 @@ class _Last(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         raise BackendError(
-            "two_group: expected first derivatives only, as the kernels and the strategies streamlined and generic have "
-            "no second one; use strategy='bptt' with backend='reference'."
+            "two_group: expected first derivatives only, as the kernels and the strategies streamlined and generic "
+            "have no second one; use strategy='bptt' with backend='reference'."
         )
 
 
@@ -273,10 +274,10 @@ def _compare(found: Tensor, counts: Tensor, call: _Call) -> None:
         # backward meets the last step first, and in it the second group
         step, group = max(wrong)
         raise ReconstructionError(
-            f"two_group: backward ({call.strategy}) found {int(found[step, group])} spikes in group {group + 1} at step "
-            f"{step + 1} of {len(counts)}, where forward had {int(counts[step, group])}, so the gradient would be wrong "
-            f"({call.node.who}, anchor_every={call.every}); lower anchor_every, raise alpha or kappa, or use float64 or "
-            "strategy='bptt'."
+            f"two_group: backward ({call.strategy}) found {int(found[step, group])} spikes in group {group + 1} at "
+            f"step {step + 1} of {len(counts)}, where forward had {int(counts[step, group])}, so the gradient would be "
+            f"wrong ({call.node.who}, anchor_every={call.every}); lower anchor_every, raise alpha or kappa, or use "
+            "float64 or strategy='bptt'."
         )
 
 

@@ -1,4 +1,4 @@
-"""The meaning of the two-group node, in plain torch. Shapes: T time steps, B batch, C channels (two halves), then space.
+"""The meaning of the two-group node, in plain torch. Shapes: T time steps, B batch, C channels (two halves), space.
 
     charge, fire, reset of one group (phi)    u = lam v + kappa x,   s = [u >= theta],   r = reset(u, s)
 
@@ -7,8 +7,8 @@
     inverse   (s2, r2, u2) = phi(y1, w1)      x1 = (y2 - s2) / beta  v1 = (w2 - r2) / alpha
               (s1, r1, u1) = phi(x1, v1)      x2 = (y1 - s1) / beta  v2 = (w1 - r1) / alpha
 
-(v1, v2) is the state before a step, (w1, w2) the one after it. Arithmetic is float32, or float64 for float64 input. Simple
-on purpose: the kernels are tested against this file.
+(v1, v2) is the state before a step, (w1, w2) the one after it. Arithmetic is float32, or float64 for float64 input.
+Simple on purpose: the kernels are tested against this file.
 
 The formulas are a reconstruction of ours; see `equation`.
 """
@@ -32,8 +32,14 @@ class Step(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A sequence run forward: outputs [T, B, C, ...], last state [B, C, ...], states that were kept [A, B, C, ...] (after
-    steps K, 2K, ...; the last one is not among them) and spikes of each step and group [T, 2]."""
+    """A sequence run forward.
+
+    Attributes:
+        y: outputs, [T, B, C, ...].
+        v_T: last state, [B, C, ...].
+        anchors: states that were kept, after steps K, 2K, ..., the last one not among them, [A, B, C, ...].
+        counts: spikes of each step and group, [T, 2].
+    """
 
     y: Tensor
     v_T: Tensor
@@ -112,7 +118,7 @@ def kept_state(last: int, v_T: Tensor, anchors: Tensor, every: int) -> Tensor:
 def streamlined(
     g: Tensor, q: Tensor, y: Tensor, v_T: Tensor, anchors: Tensor, node: TwoGroups, every: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Inverse and gradient in one pass, from the last step to the first; returns (dx, dv_0, counts of spikes [T, 2])."""
+    """Inverse and gradient in one pass, last step first; returns (dx, dv_0, spikes of each step and group [T, 2])."""
     dx, counts, dw = torch.empty_like(y), torch.empty(len(y), 2, dtype=torch.int64, device=y.device), halves(q, 1)
     for first, last in segments(y.shape[0], every):
         # a kept state takes the place of the rebuilt one
@@ -130,8 +136,8 @@ def adjoint_step(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The gradient of one step, written out: (dx, (dv1, dv2)), from g = dL/dy and dL/dw.
 
-    With S = surrogate slope at u - theta, J = dr/du = (1 - s) + a (v_reset - u) S (soft: 1 - a theta S), and a = 0 if the
-    reset is detached, else 1:
+    With S = surrogate slope at u - theta, J = dr/du = (1 - s) + a (v_reset - u) S (soft: 1 - a theta S), and a = 0 if
+    the reset is detached, else 1:
 
         m2 = gy2 S2 + gw2 J2      p = gy1 + kappa m2      q = gw1 + lam m2        totals on u2, y1, w1
         m1 = p S1 + q J1                                                          total on u1
@@ -158,7 +164,7 @@ def _through(u: Tensor, s: Tensor, node: TwoGroups) -> tuple[Tensor, Tensor]:
 def generic(
     g: Tensor, q: Tensor, y: Tensor, v_T: Tensor, anchors: Tensor, node: TwoGroups, every: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What wrappers of reversible layers do: inverse, forward again with a graph, autograd; results as `streamlined`."""
+    """What wrappers of reversible layers do: inverse, forward again with a graph, autograd. As `streamlined`."""
     dx, counts = torch.empty_like(y), torch.empty(len(y), 2, dtype=torch.int64, device=y.device)
     for first, last in segments(y.shape[0], every):
         state, inputs = halves(kept_state(last, v_T, anchors, every), 1), []

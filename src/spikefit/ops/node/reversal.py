@@ -32,7 +32,7 @@ class Reversal:
     """
 
     name: ReversalName = "streamlined"
-    anchor_every: int | None | Literal["auto"] = "auto"
+    anchor_every: int | Literal["auto"] | None = "auto"
 
     def __post_init__(self) -> None:
         if self.name not in REVERSALS:
@@ -93,7 +93,7 @@ _active_when_traced: Reversal | None = None
 
 @contextlib.contextmanager
 def reversing(
-    name: ReversalName = "streamlined", *, anchor_every: int | None | Literal["auto"] = "auto"
+    name: ReversalName = "streamlined", *, anchor_every: int | Literal["auto"] | None = "auto"
 ) -> Iterator[None]:
     """Within the block, two-group nodes keep states alone and run their steps backwards for the gradient.
 
