@@ -23,7 +23,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 import torch

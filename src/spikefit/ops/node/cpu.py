@@ -204,7 +204,7 @@ def _pull(S, alpha, beta, leak, kappa, theta, v_reset, reset, a, kind, p):
 
 
 @numba.njit(cache=True, error_model="numpy", parallel=True)
-def _forward(x_TN, v_0, y_TN, v_T, u_TN, anchors_AN, sums, run, alpha, beta, leak, kappa, theta, v_reset, reset, every):
+def _forward(x_TN, v_0, y_TN, v_T, u_TN, anchors_AN, sums, run, every, alpha, beta, leak, kappa, theta, v_reset, reset):
     T, N = x_TN.shape
     pairs = N // 2
     for tile in prange((pairs + WIDTH - 1) // WIDTH):
