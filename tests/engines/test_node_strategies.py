@@ -162,3 +162,12 @@ def test_wrong_spikes_stop_a_step_before_a_weight_has_a_gradient():
     with pytest.raises(ReconstructionError, match="lower anchor_every"):
         loss.backward()
     assert model.blocks[0].synapse.weight.grad is None
+
+
+def test_compiles_as_one_graph():
+    model, x = network("streamlined", dtype=torch.float32), torch.randn(4, 2, 3, 8, 8)
+    wanted = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    got = torch.autograd.grad(compiled(x).square().sum(), list(model.parameters()))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))

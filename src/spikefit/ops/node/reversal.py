@@ -116,11 +116,12 @@ def reversing(
     global _active_when_traced
     reversal = Reversal(name, anchor_every)
     before, _active_when_traced = _active_when_traced, reversal
-    token = _active.set(reversal)
+    token = None if torch.compiler.is_compiling() else _active.set(reversal)
     try:
         yield
     finally:
-        _active.reset(token)
+        if token is not None:
+            _active.reset(token)
         _active_when_traced = before
 
 
