@@ -22,8 +22,9 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 # Memory stays with the process: an op of milliseconds is then timed, not the page faults of its results.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
+OPS = ("lif_op", "reversible_node")
 # name -> whether it needs the environment of the peers
-BENCHMARKS = {"lif_op": False, "vgg6_step": True, "memory_step": True}
+BENCHMARKS = {"lif_op": False, "vgg6_step": True, "memory_step": True, "reversible_node": False}
 
 
 def run(name: str, *, quick: bool, threads: int) -> dict | None:
@@ -34,7 +35,7 @@ def run(name: str, *, quick: bool, threads: int) -> dict | None:
     command = [str(python), script, "--threads", str(threads), "--out", str(out.relative_to(peers.ROOT))]
     command += ["--quick"] if quick else []
     # warnings of the peers are not ours to print
-    environment = os.environ | {"PYTHONWARNINGS": "ignore"} | (KEEP_MEMORY if name == "lif_op" else {})
+    environment = os.environ | {"PYTHONWARNINGS": "ignore"} | (KEEP_MEMORY if name in OPS else {})
     result = subprocess.run(command, cwd=peers.ROOT, env=environment, check=False)
     if not out.exists():
         print(f"{name}: ended with status {result.returncode} and wrote no record; see its message above.")

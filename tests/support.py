@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spikefit.ops import dispatch
 from spikefit.ops.lif import lif
+from spikefit.ops.node import Reversal, two_group
 
 _reason = dispatch.triton_refusal(torch.zeros(1))
 # "triton" as a test parameter: on CPU tensors, in Triton's interpreter
@@ -64,15 +65,16 @@ def saved_bytes(forward: Callable[[], object]) -> int:
     return total
 
 
-def backends_called(function: Callable[[], object]) -> set[str]:
-    """The backends that LIF kernels ran on during `function()`; empty if only the reference ran."""
+def backends_called(function: Callable[[], object], op: str = "lif") -> set[str]:
+    """The backends that kernels of `op` ran on during `function()`; empty if only the reference ran."""
     called = set()
+    names = (f"spikefit::{op}", f"spikefit::{op}_backward")
 
     class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            if op.name() in ("spikefit::lif", "spikefit::lif_backward"):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.name() in names:
                 called.update({"numba", "triton"}.intersection(a for a in args if isinstance(a, str)))
-            return op(*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {}))
 
     with Watch():
         function()
@@ -112,5 +114,36 @@ def assert_same_run(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance
     assert_same_spikes(got["spikes"], wanted["spikes"])
     assert torch.equal(got["v_T"], wanted["v_T"])
     for name in got.keys() - {"spikes", "v_T"}:
+        assert wanted[name].abs().max() > 0, f"{name}: a zero gradient proves nothing"
+        assert_close(got[name], wanted[name], tolerance, name)
+
+
+NODE_RESETS: dict[str, dict] = {
+    "hard": {"v_reset": 0.0},
+    "hard, level": {"v_reset": 0.3},
+    "soft": {"v_reset": None},
+}
+
+
+def run_node(
+    backend: str, strategy: str, x: Tensor, v_0: Tensor, *, anchor_every: int | None = None, **options
+) -> dict[str, Tensor]:
+    """Forward and backward of `two_group` with fixed random gradients: results and gradients by name."""
+    reversal = None if strategy == "bptt" else Reversal(strategy, anchor_every)
+    x, v_0 = x.detach().requires_grad_(), v_0.detach().requires_grad_()
+    y, v_T = two_group(x, v_0, **options, reversal=reversal, backend=backend)
+    generator = torch.Generator().manual_seed(1)
+    g, q = (torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device) for t in (y, v_T))
+    dx, dv_0 = torch.autograd.grad([y, v_T], [x, v_0], [g, q])
+    return {"y": y.detach(), "v_T": v_T.detach(), "d x": dx, "d v_0": dv_0}
+
+
+def assert_same_node_run(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
+    """Same outputs and last state bit for bit, of a layer that fires; gradients within `tolerance`."""
+    # an output is a spike plus beta times an input: neither all of one kind
+    assert wanted["v_T"].abs().max() > 0
+    for name in ("y", "v_T"):
+        assert torch.equal(got[name], wanted[name]), f"{name}: {int((got[name] != wanted[name]).sum())} differ"
+    for name in ("d x", "d v_0"):
         assert wanted[name].abs().max() > 0, f"{name}: a zero gradient proves nothing"
         assert_close(got[name], wanted[name], tolerance, name)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tests.support import saved_bytes
 
 from spikefit import create_model, use_strategy
 from spikefit.errors import OptionError, StrategyError
@@ -11,7 +12,6 @@ from spikefit.layers import SpikingAttention, TwoStreams
 from spikefit.losses import create_loss
 from spikefit.models.table import PRESETS
 from spikefit.planning import profile, verify
-from tests.support import saved_bytes
 
 # parameters at 10 and 100 classes
 SIZES = {

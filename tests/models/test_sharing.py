@@ -437,7 +437,7 @@ BAD_INPUT = {
     ),
     "an unknown strategy": (
         StrategyError,
-        r"expected one of bptt, .*replay, inverse, integer, got 'inverted'.*Did you mean inverse",
+        r"expected one of bptt, .*replay, inverse, integer, .*got 'inverted'.*Did you mean inverse",
         lambda: small("vgg16", "layer", strategy="inverted"),
     ),
     "an unknown reset": (

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spikefit.engines import depth, membranes, reversible
+from spikefit.engines import depth, membranes, node, reversible
 from spikefit.engines.plan import Plan
 from spikefit.errors import StrategyError
 from spikefit.layers import SpikingUnit
@@ -131,6 +131,21 @@ STRATEGIES: dict[str, StrategyKind] = {
         reversible.check_option,
         check_chain=lambda chain, option: reversible.check_streams(chain),
     ),
+    "streamlined": StrategyKind(
+        "invert it, for two-group nodes: keep outputs and every K-th state, inverse and gradient in one pass; that of "
+        "bptt up to rho^K roundings and rare wrong spikes; option: K, or none (default: 4, or as many as are safe)",
+        False,
+        node.run_reversing("streamlined"),
+        node.check_reversal("streamlined"),
+        check_chain=node.check_two_group("streamlined"),
+    ),
+    "generic": StrategyKind(
+        "the same as wrappers of reversible layers do it: inverse, forward again, gradient; the rival of streamlined",
+        False,
+        node.run_reversing("generic"),
+        node.check_reversal("generic"),
+        check_chain=node.check_two_group("generic"),
+    ),
 }
 
 
@@ -140,6 +155,8 @@ OPTION_NAMES = {
     "checkpoint": ("every",),
     "inverse": ("anchor_every", "tol"),
     "reversible": ("check",),
+    "streamlined": ("anchor_every",),
+    "generic": ("anchor_every",),
 }
 
 

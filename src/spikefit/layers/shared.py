@@ -183,7 +183,12 @@ def default_norm(share: str) -> str:
 
 
 def check_groups(who: str, unit: SpikingUnit, groups: int) -> None:
-    """Raise OptionError unless `groups` divides the channels of `unit`, which messages call `who`."""
+    """Raise OptionError unless `groups` divides the channels of `unit`, which messages call `who`, and it can share."""
+    if unit.neuron is not None and not unit.neuron.takes_turns:
+        raise OptionError(
+            f"{who}: the two groups of {type(unit.neuron).__name__} drive each other, so its membrane cannot be used "
+            "in turn; use share='none', or another neuron."
+        )
     channels = int(unit.synapse.weight.shape[0])
     if channels % groups:
         divisors = ", ".join(str(n) for n in range(2, channels + 1) if channels % n == 0)

@@ -3,5 +3,17 @@
 from spikefit.neurons.lif import IF, LIF, ParametricLIF, SpikingNeuron
 from spikefit.neurons.readout import LeakyReadout
 from spikefit.neurons.table import NEURONS, create_neuron
+from spikefit.neurons.two_group import TwoGroupNode
+from spikefit.ops.node.reversal import reversing
 
-__all__ = ["IF", "LIF", "NEURONS", "LeakyReadout", "ParametricLIF", "SpikingNeuron", "create_neuron"]
+__all__ = [
+    "IF",
+    "LIF",
+    "NEURONS",
+    "LeakyReadout",
+    "ParametricLIF",
+    "SpikingNeuron",
+    "TwoGroupNode",
+    "create_neuron",
+    "reversing",
+]

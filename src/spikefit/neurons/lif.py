@@ -30,7 +30,12 @@ class SpikingNeuron(nn.Module):
 
     Raises:
         OptionError: an option out of range, or reset=False beside a v_reset.
+
+    Attributes:
+        takes_turns: whether layers or groups of channels may use one membrane in turn.
     """
+
+    takes_turns = True
 
     def __init__(
         self,

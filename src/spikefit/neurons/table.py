@@ -9,16 +9,23 @@ from torch import nn
 
 from spikefit.errors import OptionError
 from spikefit.neurons.lif import IF, LIF, ParametricLIF, SpikingNeuron
+from spikefit.neurons.two_group import TwoGroupNode
 
-NEURONS: dict[str, Callable[..., SpikingNeuron]] = {"lif": LIF, "if": IF, "plif": ParametricLIF}
+NEURONS: dict[str, Callable[..., SpikingNeuron]] = {
+    "lif": LIF,
+    "if": IF,
+    "plif": ParametricLIF,
+    "two_group": TwoGroupNode,
+}
 
 
 def create_neuron(name: str = "lif", **options: Any) -> SpikingNeuron:
     """Make a neuron: `create_neuron("lif", tau=2.0, v_reset=None)`.
 
     Args:
-        name: "lif", "if" or "plif".
-        **options: those of `LIF`, `IF` or `ParametricLIF`; `v_reset="soft"` means None, as TOML cannot write it.
+        name: "lif", "if", "plif" or "two_group".
+        **options: those of `LIF`, `IF`, `ParametricLIF` or `TwoGroupNode`; `v_reset="soft"` means None, as
+            TOML cannot write it.
 
     Raises:
         OptionError: unknown name or option; near names are listed.
@@ -38,8 +45,9 @@ def create_neuron(name: str = "lif", **options: Any) -> SpikingNeuron:
 
 
 def neuron_options(cls: Callable[..., nn.Module]) -> set[str]:
-    """The names of all keyword options of a neuron class, inherited ones included."""
-    names: set[str] = set()
-    for base in (cls, SpikingNeuron):
-        names |= {p.name for p in inspect.signature(base).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    return names - {"groups"}  # a matter of the network that shares membranes
+    """The names of all keyword options of a neuron class, with those it hands on to its base."""
+    parameters = list(inspect.signature(cls).parameters.values())
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        parameters += inspect.signature(SpikingNeuron).parameters.values()
+    # groups are a matter of the network that shares membranes
+    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} - {"groups"}

@@ -54,6 +54,7 @@ class _Membrane:
     leak: Any
     soft: bool
     grid: bool
+    own_forward: bool  # a neuron that is not one charge, fire and reset of its input
 
     @property
     def calls(self) -> int:
@@ -88,6 +89,8 @@ def membrane_bytes(network: SpikingNetwork, currents: Currents, dtype: torch.dty
     inverse = read_inverse(chosen.option if chosen.name == "inverse" else None)
     for name, beside in (("replay", lambda m: 0), ("inverse", partial(_anchors, inverse, dtype)), ("integer", _digits)):
         try:
+            if any(m.own_forward for m in found):
+                raise StrategyError(f"{name}: a neuron has a forward of its own.")
             held = sum(m.bits + beside(m) for m in found)
         except StrategyError:
             kept[name] = peak[name] = None
@@ -129,6 +132,7 @@ def _membranes(network: SpikingNetwork, currents: Currents, dtype: torch.dtype) 
                     leak=leak if isinstance(leak, float) else None,
                     soft=neuron.reset and neuron.v_reset is None,
                     grid=neuron.frac_bits is not None,
+                    own_forward=type(neuron).forward is not SpikingNeuron.forward,
                 )
             )
         found.append(made)

@@ -23,6 +23,7 @@ from spikefit.layers.rebuild import REBUILDS
 from spikefit.layers.stage_function import Watcher, watched
 from spikefit.neurons import LeakyReadout, SpikingNeuron
 from spikefit.ops.fire.reference import SCRATCH
+from spikefit.ops.node.op import generic_scratch_bytes
 from spikefit.planning.target import LossFunction, mean_cross_entropy, with_targets
 
 # What live tensors do not show: buffers inside oneDNN, rounding to pages, small blocks of the heap. Chosen so that the
@@ -250,6 +251,8 @@ def scratch_bytes(func: Any, args: tuple[Any, ...]) -> int:
         return _bytes(args[1])
     if name == "aten::convolution_backward":
         return _bytes(args[2]) * (1 + torch.get_num_threads())
+    if name == "spikefit::two_group_backward":
+        return generic_scratch_bytes(args)
     return 0
 
 
@@ -261,6 +264,8 @@ def device_scratch_bytes(func: Any, args: tuple[Any, ...]) -> int:
         return min(PIECES * z.numel(), PIECES * SCRATCH) * 4
     if name in ("spikefit::moments", "spikefit::channel_norm", "spikefit::channel_norm_backward"):
         return 3 * args[0].numel() // len(args[0]) * 8
+    if name == "spikefit::two_group_backward":
+        return generic_scratch_bytes(args)
     return 0
 
 

@@ -16,7 +16,8 @@ from spikefit.layers import NORMS
 from spikefit.losses import LOSSES, create_loss
 from spikefit.models import MODELS
 from spikefit.models.table import preset_of
-from spikefit.neurons import create_neuron
+from spikefit.neurons import NEURONS, create_neuron
+from spikefit.neurons.table import neuron_options
 from spikefit.training.options import annotations, check_options, check_types, describe, near, unknown_key
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -117,14 +118,29 @@ class NeuronSection(Section):
     reset: bool = True
     strict: bool = False
     frac_bits: int | None = None
+    alpha: float | None = None
+    beta: float | None = None
+    kappa: float | None = None
+    check: Literal["off", "spikes"] | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, values: Any) -> Any:
-        # IF has neither, so they cannot be plain defaults
-        if isinstance(values, dict) and values.get("name", "lif") in ("lif", "plif"):
+        # not every neuron has them, so they cannot be plain defaults
+        name = values.get("name", "lif") if isinstance(values, dict) else None
+        if name in ("lif", "plif"):
             return {"tau": 2.0, "decay_input": False, **values}
+        if name == "two_group":
+            own = {"alpha": 0.4, "beta": 0.5, "kappa": 0.5, "check": "off", "v_reset": 0.0, "detach_reset": False}
+            return {**own, **values}
         return values
+
+    def options(self) -> dict[str, Any]:
+        """What is written besides the name; fields at the value of a neuron that does not take them are left out."""
+        found = super().options()
+        taken = neuron_options(NEURONS[self.name]) if self.name in NEURONS else set(found)
+        untouched = {"reset": True, "strict": False}
+        return {k: v for k, v in found.items() if k in taken or v != untouched.get(k)}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
