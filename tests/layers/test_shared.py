@@ -459,8 +459,8 @@ def dense_stage(share, neuron=None, *, layers=3, width=12, norm="step_bn", pool=
         one.groups = groups
         units.append(SpikingLinear(width, width, norm=norm, neuron=one))
     whole = share in ("layer", "layer_channel")
-    first = SharedStage(units[:1], name="first", one_membrane=whole)
-    return first, SharedStage(units[1:], name="rest", one_membrane=whole), units
+    first = SharedStage(units[:1], one_membrane=whole)
+    return first, SharedStage(units[1:], first=1, one_membrane=whole), units
 
 
 @pytest.mark.parametrize("share", SHARES)
@@ -705,6 +705,46 @@ def test_the_inverse_refuses_distances_that_are_not_safe():
     assert three("inverse").strategy.option is None
 
 
+def mixed(strategy, *neurons, stages=((1, 2),)):
+    """Three layers with neurons of their own, the last two on one membrane."""
+    torch.manual_seed(0)
+    blocks = [SpikingLinear(8, 8, norm="step_bn", neuron=LIF(**options)) for options in neurons]
+    return SpikingNetwork(
+        [*blocks, Readout(8, 3)], input_shape=(8,), share="layer", stages=stages, strategy=strategy
+    ).double()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "neurons", "told"),
+    [
+        (
+            "inverse",
+            [{}, {"tau": 4 / 3}, {"tau": 10.0}],
+            r"blocks\.1 and blocks\.2: inverse undoes .*got leak=0\.25, frac_bits=None and leak=0\.9, frac_bits=None",
+        ),
+        (
+            "integer",
+            [{"frac_bits": 16}, {"frac_bits": 16}, {"frac_bits": 8}],
+            r"blocks\.1 and blocks\.2: integer undoes .*got leak=0\.5, frac_bits=16 and leak=0\.5, frac_bits=8",
+        ),
+    ],
+    ids=["two leaks", "two grids"],
+)
+def test_layers_of_one_membrane_are_undone_by_one_equation(strategy, neurons, told):
+    with pytest.raises(StrategyError, match=told + r"; .*the same, split the stage, or use strategy='replay'"):
+        mixed(strategy, *neurons)
+    # apart they may differ, and a replay takes any
+    gradients = {}
+    for name, stages in ((strategy, [(1, 1), (2, 2)]), ("bptt", [(1, 1), (2, 2)]), ("replay", [(1, 2)]), (None, [(1, 2)])):
+        model = mixed(name or "bptt", *neurons, stages=stages)
+        x = torch.randn(12, 3, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        gradients[name] = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    for got, wanted in ((strategy, "bptt"), ("replay", None)):
+        for a, b in zip(gradients[got], gradients[wanted], strict=True):
+            assert b.abs().max() > 0
+            assert_close(a, b, 1e-9)
+
+
 @pytest.mark.parametrize("share", SHARES)
 def test_the_inverse_refuses_membranes_beyond_what_was_assumed(share):
     for strategy, safe in (("inverse:6", 4), ("inverse", 4)):
@@ -725,6 +765,11 @@ def test_the_inverse_refuses_membranes_beyond_what_was_assumed(share):
         use_strategy(model, f"inverse:{safe}")(x).sum().backward()
         with torch.no_grad():
             model(x)
+        # what is not a number is no safe number
+        for wrong in (float("nan"), float("inf")):
+            x[0, 0, 0] = wrong
+            with pytest.raises(StrategyError, match=r"blocks\.0: inverse .*error of up to (nan|inf) in u"):
+                model(x)
 
 
 @pytest.mark.parametrize("share", SHARES)

@@ -259,17 +259,26 @@ def second_width(unit):
     return int(unit.synapse.weight.shape[0])
 
 
-def stepped(share, change):
+def stepped(share, change, **options):
     """A step from a state that `change` made of the right one."""
-    model = small("har_mlp", share).eval()
+    model = small("har_mlp", share, **options).eval()
     state = model.init_state(2)
     return model.step(torch.randn(2, 9), (state[0], change(state[1]), *state[2:]))
 
 
-def large(share):
+def large(share, strategy):
     """A step of a network on a grid whose membranes leave it."""
-    model = small("har_mlp", share, neuron={"name": "lif", "frac_bits": 20}, norm="ws", strategy="integer")
-    return model(100 * torch.randn(2, 2, 9))
+    model = small("har_mlp", share, neuron={"name": "lif", "frac_bits": 20}, norm="none", strategy=strategy)
+    with torch.no_grad():
+        model.blocks[2].synapse.bias.add_(100)
+    return model(torch.randn(2, 2, 9))
+
+
+def residual(share, neuron, **options):
+    """A network of two residual blocks, whose layers have names of their own."""
+    blocks = [SpikingConv2d(3, 8, norm="step_bn"), *(ResidualBlock(8, 8, norm="step_bn") for _ in range(2))]
+    blocks[2].second.neuron = LIF(**neuron)
+    return chain(*blocks, GlobalAveragePool(), Readout(8, 3), share=share, stages=[(1, 2)], **options)
 
 
 HARD = {"name": "lif", "v_reset": 0.0}
@@ -306,7 +315,7 @@ BAD_INPUT = {
     },
     "layers of one membrane that differ in channels": (
         OptionError,
-        r"blocks\.1-2: .*one shape, got .*8x8x8.*4x8x8.*share='channel', or split the stage",
+        r"blocks\.1-2: .*one shape, got blocks\.1 8x8x8, blocks\.2 4x8x8\..*share='channel', or split the stage",
         lambda: chain(*convs(SpikingConv2d(8, 4, norm="step_bn")), share="layer", stages=[(1, 2)]),
     ),
     "layers of one membrane that differ in side": (
@@ -316,19 +325,36 @@ BAD_INPUT = {
     ),
     "a state of other membranes": (
         StateError,
-        r"expected a membrane \(2, 8\) torch\.float32 on cpu, got \(2, 16\)",
+        r"blocks\.1: lif: expected a membrane \(2, 8\) torch\.float32 on cpu, got \(2, 16\)",
         lambda: stepped("layer_channel", lambda v: torch.cat([v, v], 1)),
     ),
     "a state of another dtype": (
         StateError,
-        r"expected a membrane \(2, 16\) torch\.float32 on cpu, got \(2, 16\) torch\.float64",
+        r"blocks\.1: lif: expected a membrane \(2, 16\) torch\.float32 on cpu, got \(2, 16\) torch\.float64",
         lambda: stepped("layer", lambda v: v.double()),
     ),
     "a state on another device": (
         StateError,
-        r"expected a membrane \(2, 8\) torch\.float32 on cpu, got \(2, 8\) torch\.float32 on meta",
+        r"blocks\.1: lif: expected a membrane \(2, 8\) torch\.float32 on cpu, got \(2, 8\) torch\.float32 on meta",
         lambda: stepped("channel", lambda v: v.to("meta")),
     ),
+    **{
+        f"a state of another shape under {strategy}": (
+            StateError,
+            r"blocks\.1: lif: expected a membrane \(2, 16\) torch\.float32 on cpu, got \(3, 16\)",
+            lambda strategy=strategy: stepped("none", lambda v: torch.zeros(3, 16), strategy=strategy, norm="step_bn"),
+        )
+        for strategy in ("bptt", "checkpoint:1", "checkpoint:2", "replay", "inverse")
+    },
+    **{
+        f"a {kind} as membrane under {strategy}": (
+            StateError,
+            rf"blocks\.1-3: expected a membrane as a tensor, got {kind}\. Pass what the last call returned",
+            lambda strategy=strategy, value=value: stepped("layer", lambda v: value, strategy=strategy),
+        )
+        for strategy in ("bptt", "replay", "inverse")
+        for kind, value in (("list", [0.0]), ("str", "zeros"))
+    },
     "a state of one membrane per layer": (
         StateError,
         r"blocks\.1-3: expected a state of 1 membranes, got 2.*init_state\(2\)",
@@ -362,7 +388,7 @@ BAD_INPUT = {
     **{
         f"{strategy} with a hard reset": (
             StrategyError,
-            rf"blocks\.0.*{strategy} undoes a soft reset.*erases u.*v_reset='soft', or strategy='replay'",
+            rf"blocks\.0.*{strategy} undoes a soft reset.*erases u.*v_reset='soft' .*None in Python.*, or strategy='replay'",
             lambda strategy=strategy: small("vgg16", "layer", neuron=HARD, strategy=strategy),
         )
         for strategy in ("inverse", "integer")
@@ -409,7 +435,25 @@ BAD_INPUT = {
         r"blocks\.0.*digits that a membrane on a grid loses \(frac_bits=16\); use strategy='integer'",
         lambda: small("har_mlp", "layer", neuron={"name": "lif", "frac_bits": 16}, strategy="inverse"),
     ),
-    "a membrane that leaves its grid": (StateError, r"membranes below 8.*lower frac_bits", lambda: large("layer")),
+    **{
+        f"a membrane that leaves its grid, {share}, {strategy}": (
+            StateError,
+            r"blocks\.2: lif: expected membranes below 8.*lower frac_bits",
+            lambda share=share, strategy=strategy: large(share, strategy),
+        )
+        for share in ("none", "layer")
+        for strategy in ("bptt", "replay", "integer")
+    },
+    "a reset inside a block of a stage": (
+        StrategyError,
+        r"^blocks\.2\.second: inverse undoes a soft reset",
+        lambda: residual("layer", {"v_reset": 0.0}, strategy="inverse"),
+    ),
+    "a leak inside a block of a stage": (
+        StrategyError,
+        r"^blocks\.1\.first and blocks\.2\.second: inverse undoes .*leak=0\.5, .*leak=0\.75",
+        lambda: residual("layer", {"tau": 4.0}, strategy="inverse"),
+    ),
     "a bound that is passed": (
         StrategyError,
         r"blocks\.0: .*leak=0\.25, .*up to 8 .*0\.0026 .*largest safe anchor_every is 6 .*'replay'",

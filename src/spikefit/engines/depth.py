@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from spikefit.errors import StrategyError
+from spikefit.errors import StrategyError, named
 from spikefit.layers import SpikingUnit, frozen_statistics
 from spikefit.layers.packed import Spikes, dense
+from spikefit.layers.shared import SharedStage
 from spikefit.ops.dispatch import resolve, use_backend
 
 State = tuple[Any, ...]
@@ -26,15 +27,18 @@ CHEAP_MACS = 100
 SAME = 1e-6
 
 
-def run_plain(blocks: list[nn.Module], x: Tensor, state: State, option: str | None = None) -> tuple[Tensor, State]:
+def run_plain(
+    blocks: list[Any], x: Tensor, state: State, option: str | None = None, first: int = 0
+) -> tuple[Tensor, State]:
     """Run the blocks one after the other; each keeps for backward what autograd or its own `keep` says.
 
     Blocks with `takes_packed` hand each other packed spikes where they have them; the others get dense tensors.
 
     Args:
-        blocks: modules (sequence, state) -> (sequence, state).
+        blocks: modules (sequence, state) -> (sequence, state), and stages of them.
         x: [T, B, ...].
         state: one entry per block; None starts that block from zero.
+        first: number of the first block in its network, for messages.
 
     Returns:
         (output of the last block, state after the last step).
@@ -43,12 +47,20 @@ def run_plain(blocks: list[nn.Module], x: Tensor, state: State, option: str | No
     value: Spikes = x
     for block, before in zip(blocks, state, strict=True):
         takes_packed = getattr(block, "takes_packed", False)
-        value, s = block(value, before, packed=True) if takes_packed else block(dense(value), before)
+        # a stage names its layers itself
+        with nullcontext() if isinstance(block, SharedStage) else named(f"blocks.{first}"):
+            value, s = block(value, before, packed=True) if takes_packed else block(dense(value), before)
+        first += _count(block)
         after.append(s)
     return dense(value), tuple(after)
 
 
-def run_checkpointed(blocks: list[nn.Module], x: Tensor, state: State, option: str | None) -> tuple[Tensor, State]:
+def _count(block: Any) -> int:
+    """Number of blocks of the network that it stands for."""
+    return block.count if isinstance(block, SharedStage) else 1
+
+
+def run_checkpointed(blocks: list[Any], x: Tensor, state: State, option: str | None) -> tuple[Tensor, State]:
     """As `run_plain`, but keep only the input of every run of blocks; backward runs it again.
 
     The second pass repeats autocast and random numbers of the first and leaves running statistics alone, so output,
@@ -63,7 +75,8 @@ def run_checkpointed(blocks: list[nn.Module], x: Tensor, state: State, option: s
     after: list[Any] = []
     for i in range(0, len(blocks), length):
         run = slice(i, i + length)
-        own = [b for b in blocks[run] if not _repeats_itself(b)]
+        modules = _modules(blocks[run])
+        own = [m for m in modules if not _repeats_itself(m)]
         # a repetition that stops early would not reach the output of the last block
         with set_checkpoint_early_stop(not own):
             x, s = checkpoint(
@@ -71,11 +84,18 @@ def run_checkpointed(blocks: list[nn.Module], x: Tensor, state: State, option: s
                 blocks[run],
                 x,
                 state[run],
+                None,
+                sum(map(_count, blocks[:i])),
                 use_reentrant=False,
-                context_fn=partial(_contexts, blocks[run], own, backend),
+                context_fn=partial(_contexts, modules, own, backend),
             )
         after.extend(s)
     return x, tuple(after)
+
+
+def _modules(blocks: list[Any]) -> list[nn.Module]:
+    """The modules that blocks and stages run, in order."""
+    return [m for block in blocks for m in (block.units if isinstance(block, SharedStage) else [block])]
 
 
 def _repeats_itself(block: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from spikefit.errors import OptionError, StateError
+from spikefit.errors import OptionError, StateError, StrategyError, named
 from spikefit.layers.packed import Spikes, dense, packed_or_dense, pooled_space
 from spikefit.layers.rebuild import Rebuild, check_rebuild, neuron_of
 from spikefit.layers.stage_function import Flow, run_rebuilt
@@ -32,7 +32,8 @@ class SharedStage:
 
     Args:
         blocks: the blocks of the stage, each with `spiking_layers()`.
-        name: how messages call the stage, "blocks.1-3".
+        first: number of the first of them in its network; messages call the stage "blocks.1-3", a layer
+            "blocks.2.first".
         one_membrane: all layers use one membrane, so the stage runs step by step; False leaves each layer its own.
 
     Shapes:
@@ -43,13 +44,14 @@ class SharedStage:
     takes_packed = True
     consumes_time = False
 
-    def __init__(self, blocks: Sequence[nn.Module], *, name: str = "stage", one_membrane: bool = True) -> None:
-        self.name, self.blocks = name, len(blocks)
+    def __init__(self, blocks: Sequence[nn.Module], *, first: int = 0, one_membrane: bool = True) -> None:
+        self.count, last = len(blocks), first + len(blocks) - 1
+        self.name = f"blocks.{first}" if last == first else f"blocks.{first}-{last}"
         self.layers: list[Layer] = []
         self.names: list[str] = []
-        for block in blocks:
+        for number, block in enumerate(blocks, first):
             offset = len(self.layers)
-            paths = {m: path for path, m in block.named_modules()}
+            paths = {m: path for path, m in block.named_modules(prefix=f"blocks.{number}")}
             for layer in cast(Any, block).spiking_layers():
                 shortcut = None if layer.shortcut is None else layer.shortcut + offset
                 self.layers.append(layer._replace(source=layer.source + offset, shortcut=shortcut))
@@ -61,6 +63,11 @@ class SharedStage:
     def membranes(self) -> list[int]:
         """Which membrane each layer uses."""
         return [0 if self.one_membrane else i for i in range(len(self.layers))]
+
+    @property
+    def units(self) -> list[SpikingUnit]:
+        """The modules that the stage runs, those of shortcuts included."""
+        return [u for layer in self.layers for u in (layer.unit, layer.short) if u is not None]
 
     def __call__(
         self, x: Spikes, state: Any = None, *, packed: bool = False, rebuild: Rebuild | None = None
@@ -97,6 +104,12 @@ class SharedStage:
                 f"{self.name}: expected a state of {count} membranes, got {len(found)}. Pass what the last call "
                 "returned, or None to start from zero."
             )
+        for v in found:
+            if v is not None and not isinstance(v, Tensor):
+                raise StateError(
+                    f"{self.name}: expected a membrane as a tensor, got {type(v).__name__}. Pass what the last call "
+                    "returned, or None to start from zero."
+                )
         return found
 
     def _run(self, x: Tensor, v: list[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
@@ -104,11 +117,12 @@ class SharedStage:
         outs: list[Tensor] = []
         for first, last in self.pieces(x.shape[0]):
             values = [x[first:last]]
-            for layer, membrane in zip(self.layers, self.membranes, strict=True):
+            for name, layer, membrane in zip(self.names, self.layers, self.membranes, strict=True):
                 shortcut = None if layer.shortcut is None else values[layer.shortcut]
                 if shortcut is not None and layer.short is not None:
                     shortcut = layer.short(shortcut)[0]
-                out, v[membrane] = layer.unit(values[layer.source], v[membrane], shortcut=shortcut)
+                with named(name):
+                    out, v[membrane] = layer.unit(values[layer.source], v[membrane], shortcut=shortcut)
                 values.append(out)
             outs.append(values[-1])
         return outs[0] if len(outs) == 1 else torch.cat(outs), v
@@ -128,8 +142,7 @@ class SharedStage:
 
     def _runs_in_pieces(self) -> bool:
         """Whether no norm and no weight needs the whole sequence."""
-        units = [u for layer in self.layers for u in (layer.unit, layer.short) if u is not None]
-        return not any(u.consumes_time or getattr(u.norm, "time_scope", "none") == "sequence" for u in units)
+        return not any(u.consumes_time or getattr(u.norm, "time_scope", "none") == "sequence" for u in self.units)
 
     def _largest(self, x: Spikes) -> int:
         """Neurons of all samples in the largest layer."""
@@ -150,9 +163,7 @@ class SharedStage:
             pooled = pooled_space(membrane[1:], layer.unit.pool or "")
             values.append((membrane[0], *pooled))
         if self.one_membrane and len(set(found)) > 1:
-            listed = ", ".join(
-                f"{n or 'itself'} {'x'.join(map(str, s))}" for n, s in zip(self.names, found, strict=True)
-            )
+            listed = ", ".join(f"{n} {'x'.join(map(str, s))}" for n, s in zip(self.names, found, strict=True))
             raise OptionError(
                 f"{self.name}: layers that share one membrane need currents of one shape, got {listed}. Use "
                 "share='channel', or split the stage."
@@ -171,10 +182,30 @@ class SharedStage:
         out = (shapes[-1][0], *pooled_space(shapes[-1][1:], self.layers[-1].unit.pool or ""))
         return state[0] if self.one_membrane or len(state) == 1 else tuple(state), out
 
-    def check(self, rebuild: Rebuild) -> None:
-        """Raise StrategyError unless backward can rebuild the membranes of this stage so."""
+    def check(self, rebuild: Rebuild, *, any_grid: bool = False) -> None:
+        """Raise StrategyError unless backward can rebuild the membranes of this stage so.
+
+        Args:
+            rebuild: how.
+            any_grid: for "integer", take a grid for granted where a neuron has none.
+        """
         for name, layer in zip(self.names, self.layers, strict=True):
-            check_rebuild(f"{self.name} layer {name}" if name else self.name, layer, rebuild)
+            check_rebuild(name, layer, rebuild, any_grid=any_grid)
+        if rebuild.name != "replay":
+            self._check_alike(rebuild.name)
+
+    def _check_alike(self, strategy: str) -> None:
+        """Raise StrategyError where layers of one membrane differ in leak or grid, by which its calls are undone."""
+        first: dict[int, int] = {}
+        for i, membrane in enumerate(self.membranes):
+            a, b = first.setdefault(membrane, i), i
+            kinds = [(float(n.coefficients()[0]), n.frac_bits) for n in (neuron_of(self.layers[k]) for k in (a, b))]
+            if kinds[0] != kinds[1]:
+                told = " and ".join(f"leak={leak:g}, frac_bits={bits}" for leak, bits in kinds)
+                raise StrategyError(
+                    f"{self.names[a]} and {self.names[b]}: {strategy} undoes the calls of one membrane by one leak on "
+                    f"one grid, got {told}; give both layers the same, split the stage, or use strategy='replay'."
+                )
 
 
 def default_norm(share: str) -> str:

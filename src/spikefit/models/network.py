@@ -80,8 +80,7 @@ class SpikingNetwork(nn.Module):
         """What runs one after the other: the blocks, and stages in the place of those that share a membrane."""
         made: list[Any] = list(self.blocks)
         for first, last in reversed(self.stages):
-            name = f"blocks.{first}" if first == last else f"blocks.{first}-{last}"
-            made[first : last + 1] = [SharedStage(made[first : last + 1], name=name)]
+            made[first : last + 1] = [SharedStage(made[first : last + 1], first=first)]
         return made
 
     def _share(self, share: str, groups: int, stages: list[tuple[int, int]]) -> None:
