@@ -296,4 +296,25 @@ def test_the_command_line_shows_them(capsys):
         "integer": "1.892",
     }
     assert set(seen["lif_backward_peak_bytes"]) == set(kept)
-    assert seen["settings"]["strategy"] == "bptt"
+    settings = {"strategy": "bptt", "share": "layer", "groups": [1], "leak": [0.25], "inverse_anchor_every": [6]}
+    assert settings | {"integer_assumes_grid": True} == {k: seen["settings"][k] for k in (*settings, "integer_assumes_grid")}
+
+
+def settings_of(**options):
+    options = {"hidden": 12, "norm": "step_bn", "timesteps": 3, "batch": 2} | options
+    return profile("har_mlp", **options, predict_only=True).settings
+
+
+def test_settings_say_what_the_bytes_hold_for(capsys):
+    chosen = settings_of(share="channel", groups=2, strategy="inverse:2")
+    assert (chosen["share"], chosen["groups"], chosen["leak"]) == ("channel", [2], [0.5])
+    assert (chosen["inverse_anchor_every"], chosen["integer_assumes_grid"]) == ([2], True)
+    on_grid = settings_of(neuron=ON_GRID)
+    assert (on_grid["inverse_anchor_every"], on_grid["integer_assumes_grid"]) == ([], False)
+    learned = settings_of(neuron="plif")
+    assert (learned["leak"], learned["inverse_anchor_every"], learned["integer_assumes_grid"]) == (["learned"], [], False)
+    with pytest.raises(SystemExit):
+        main(["profile", "har_mlp", "share=layer", "timesteps=3", "batch=2", "neuron.tau=2", "--predict-only"])
+    told = capsys.readouterr().out
+    assert "with what is rebuilt (inverse:11)" in told
+    assert "with what is rebuilt (if the neurons had frac_bits)" in told

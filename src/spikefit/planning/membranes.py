@@ -29,13 +29,17 @@ class MembraneBytes:
     Attributes:
         forward: all membranes at one moment, as a step of inference holds them.
         kept: strategy -> what neurons keep between forward and backward, packed spikes included; None where the
-            strategy refuses a layer of this network. "integer" takes for granted a grid that a neuron has not.
+            strategy refuses a layer of this network.
         peak: strategy -> the same, and what the membrane that takes most is rebuilt into.
+        anchor_every: distances in calls of the membranes that "inverse" keeps; empty where it does not apply.
+        assumes_grid: whether "integer" is counted as if neurons without a grid (frac_bits) had one.
     """
 
     forward: int
     kept: dict[str, int | None]
     peak: dict[str, int | None]
+    anchor_every: list[int]
+    assumes_grid: bool
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,10 @@ def membrane_bytes(network: SpikingNetwork, currents: Currents, dtype: torch.dty
             continue
         rebuilt = _replayed if name == "replay" else _undone
         kept[name], peak[name] = held, held + max(map(rebuilt, stages), default=0)
-    return MembraneBytes(sum(m.bytes for m in found), kept, peak)
+    every = set() if kept["inverse"] is None else {inverse.distance(m.leak, dtype) for m in found}
+    neurons = [neuron_of(layer) for stage in _stages(network) for layer in stage.layers]
+    assumes_grid = kept["integer"] is not None and any(neuron.frac_bits is None for neuron in neurons)
+    return MembraneBytes(sum(m.bytes for m in found), kept, peak, sorted(every), assumes_grid)
 
 
 def _stages(network: SpikingNetwork) -> list[SharedStage]:
