@@ -1,5 +1,6 @@
 """Networks that share membranes: sizes, stages, state, presets, and a refusal with the way out for every misuse."""
 
+import copy
 import json
 
 import pytest
@@ -224,8 +225,21 @@ def test_preset():
     model = small("resnet19", "none", preset="efficientlif", neuron=hard, norm="tdbn")
     assert {m.v_reset for m in model.modules() if isinstance(m, SpikingNeuron)} == {0.0}
     assert {m.time_scope for m in model.modules() if hasattr(m, "time_scope")} == {"sequence"}
-    with pytest.raises(OptionError, match=r"preset: expected one of efficientlif, got 'eficientlif'.*Did you mean"):
+    with pytest.raises(
+        OptionError, match=r"preset: expected one of efficientlif, efficientlif_gain1, got 'eficientlif'.*Did you mean"
+    ):
         create_model("vgg16", preset="eficientlif")
+
+
+def test_preset_with_gain_one():
+    """The same neuron and norm but for the factor on the input."""
+    plain, scaled = (
+        small("har_mlp", "layer", preset=name).blocks[1] for name in ("efficientlif_gain1", "efficientlif")
+    )
+    assert plain.neuron.coefficients() == (pytest.approx(0.25), 1.0)
+    assert {**plain.neuron.options(), "gain": 0} == {**scaled.neuron.options(), "gain": 0}
+    assert type(plain.norm) is type(scaled.norm)
+    assert plain.norm.time_scope == "step"
 
 
 def test_preset_and_sharing_in_a_recipe():
@@ -244,6 +258,38 @@ def test_preset_and_sharing_in_a_recipe():
     assert "strategy" not in values["model"]
     del values["strategy"]
     assert str(build_model(load_recipe(values)).strategy) == "replay"
+
+
+@pytest.mark.parametrize("shares", [("none", "channel"), ("channel", "none")])
+def test_networks_of_the_same_blocks_do_not_change_each_other(shares):
+    first = small("har_mlp", shares[0], norm="step_bn", strategy="bptt")
+    x, groups = sequence(first), [SHARES[share] for share in shares]
+    wanted = first(x)
+    assert torch.equal(SpikingNetwork(first.blocks, input_shape=(9,), share=shares[0], groups=groups[0])(x), wanted)
+
+    def second(blocks):
+        return SpikingNetwork(blocks, input_shape=(9,), share=shares[1], groups=groups[1], strategy="bptt")
+
+    if shares[0] == "none":
+        second(copy.deepcopy(first.blocks))
+        assert torch.equal(first(x), wanted)
+        other = second(first.blocks)
+        with pytest.raises(
+            OptionError, match=r"made with groups=1, and blocks\.0 now has groups=2, .*copy\.deepcopy\(blocks\)"
+        ):
+            first(x)
+        assert not torch.equal(other(x), wanted)
+    else:
+        with pytest.raises(OptionError, match=r"got blocks\.0 with groups=2, which another network may use"):
+            second(first.blocks)
+        assert torch.equal(first(x), wanted)
+
+
+def test_a_network_that_is_refused_leaves_its_blocks_alone():
+    blocks = convs(SpikingConv2d(8, 8, stride=2, norm="step_bn"))
+    with pytest.raises(OptionError, match="one shape"):
+        chain(*blocks, share="layer_channel", groups=2, stages=[(0, 2)])
+    assert {m.groups for m in chain(*blocks).modules() if isinstance(m, SpikingNeuron)} == {1}
 
 
 def chain(*blocks, **options):
@@ -286,12 +332,12 @@ HARD = {"name": "lif", "v_reset": 0.0}
 BAD_INPUT = {
     "channels that groups do not divide": (
         OptionError,
-        r"blocks\.0: its 16 channels .*groups=3; expected a divisor of them \(2, 4, 8, 16\)",
+        r"blocks\.0: its 16 channels \(divisors: 2, 4, 8, 16\) .*groups=3; .*'none' and 'layer' take 1\.",
         lambda: small("har_mlp", "channel", groups=3),
     ),
     "channels of one layer that groups do not divide": (
         OptionError,
-        r"blocks\.1\.first: its 10 channels .*groups=4; expected a divisor .*\(2, 5, 10\).*another width",
+        r"blocks\.1\.first: its 10 channels \(divisors: 2, 5, 10\) .*groups=4; .*another width",
         lambda: chain(SpikingConv2d(3, 8), ResidualBlock(8, 10), share="channel", groups=4),
     ),
     "one channel": (
@@ -302,7 +348,8 @@ BAD_INPUT = {
     **{
         f"groups={groups!r} with {share}": (
             OptionError,
-            rf"share='{share}' takes groups={wanted}(, .*)?, got {groups!r}\. share='channel' and",
+            rf"share='{share}' takes groups={wanted}(, .*)?, got {groups!r}; blocks\.0 has 4 channels "
+            r"\(divisors: 2, 4\)\. share='channel' and 'layer_channel' take groups=2 or more, 'none' and 'layer' take 1",
             lambda share=share, groups=groups: small("vgg16", share, groups=groups),
         )
         for share, wanted, values in (
@@ -523,9 +570,29 @@ BAD_INPUT = {
     ),
     "layer sharing over time": (
         OptionError,
-        r"share='layer' .*(needs stages|needs the whole sequence).*use share='channel'",
+        r"har_conv: .*cannot share a membrane, got share='layer'; use share='channel', or model har_mlp",
         lambda: create_model("har_conv", timesteps=16, widths=[8, 8], share="layer"),
     ),
+    **{
+        f"stages with share={share}": (
+            OptionError,
+            rf"stages are those of share='layer' and 'layer_channel', got stages=\[\(0, 1\)\] with share='{share}'",
+            lambda share=share, groups=groups: chain(
+                *convs(SpikingConv2d(8, 8)), share=share, groups=groups, stages=[(0, 1)]
+            ),
+        )
+        for share, groups in (("none", 1), ("channel", 2))
+    },
+    **{
+        f"a neuron with groups of its own, share={share}": (
+            OptionError,
+            rf"without groups, as this network has groups={groups}, got blocks\.2 with groups=4, .*build new blocks",
+            lambda share=share, groups=groups: chain(
+                *convs(SpikingConv2d(8, 8, neuron=LIF(groups=4))), share=share, groups=groups
+            ),
+        )
+        for share, groups in (("none", 1), ("channel", 2))
+    },
     "lean": (
         StrategyError,
         r"lean: the layers of blocks\.1-3 share a membrane.*use strategy='replay'",

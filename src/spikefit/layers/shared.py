@@ -25,6 +25,8 @@ from spikefit.layers.unit import Layer, SpikingUnit
 # Neurons times steps that backward rebuilds together where layers have membranes of their own.
 PIECE = 1 << 20
 SHARES: tuple[str, ...] = ("none", "layer", "channel", "layer_channel")
+# The end of every message about groups.
+TAKES = "share='channel' and 'layer_channel' take groups=2 or more, 'none' and 'layer' take 1."
 
 
 class SharedStage:
@@ -208,30 +210,38 @@ class SharedStage:
                 )
 
 
+def shares_layers(share: str) -> bool:
+    """Whether layers of a stage use one membrane."""
+    return share in ("layer", "layer_channel")
+
+
 def default_norm(share: str) -> str:
     """The norm of a model that names none: layers that share a membrane run step by step, and so do their norms."""
-    return "step_bn" if share in ("layer", "layer_channel") else "bn"
+    return "step_bn" if shares_layers(share) else "bn"
 
 
 def check_groups(who: str, unit: SpikingUnit, groups: int) -> None:
     """Raise OptionError unless `groups` divides the channels of `unit`, which messages call `who`."""
-    channels = int(unit.synapse.weight.shape[0])
-    if channels % groups:
-        divisors = ", ".join(str(n) for n in range(2, channels + 1) if channels % n == 0)
+    if unit.synapse.weight.shape[0] % groups:
         raise OptionError(
-            f"{who}: its {channels} channels cannot be divided into groups={groups}; expected a divisor of them "
-            f"({divisors or 'there is none'}), the same for all layers. Take another one, or another width."
+            f"{who}: its {_channels(unit)} cannot be divided into groups={groups}; expected such a divisor, the same "
+            f"for all layers. Take another one, or another width. {TAKES}"
         )
 
 
-def check_share(who: str, share: str, groups: int) -> None:
-    """Raise OptionError unless `share` is known and `groups` fits it."""
+def _channels(unit: SpikingUnit) -> str:
+    """Its channels, and the numbers of groups that they can be divided into."""
+    channels = int(unit.synapse.weight.shape[0])
+    divisors = ", ".join(str(n) for n in range(2, channels + 1) if channels % n == 0)
+    return f"{channels} channels (divisors: {divisors or 'there is none'})"
+
+
+def check_share(who: str, share: str, groups: int, layers: dict[str, SpikingUnit]) -> None:
+    """Raise OptionError unless `share` is known and `groups` fits it; the message tells the first of `layers`."""
     if share not in SHARES:
         raise OptionError(f"{who}: share must be one of {', '.join(SHARES)}, got {share!r}.")
     by_channel = share in ("channel", "layer_channel")
     if isinstance(groups, bool) or not isinstance(groups, int) or (groups < 2 if by_channel else groups != 1):
         wanted = "2 or more, a divisor of every layer's channels" if by_channel else "1"
-        raise OptionError(
-            f"{who}: share={share!r} takes groups={wanted}, got {groups!r}. share='channel' and 'layer_channel' divide "
-            "channels into groups, 'none' and 'layer' do not."
-        )
+        first = "".join(f"; {name} has {_channels(unit)}" for name, unit in list(layers.items())[:1])
+        raise OptionError(f"{who}: share={share!r} takes groups={wanted}, got {groups!r}{first}. {TAKES}")

@@ -44,19 +44,25 @@ class Preset:
     summary: str
 
 
+_EFFICIENTLIF = {
+    "name": "lif",
+    "tau": 4 / 3,
+    "decay_input": True,
+    "v_threshold": 1.0,
+    "v_reset": "soft",
+    "detach_reset": True,
+    "surrogate": "atan(2)",
+}
 PRESETS: dict[str, Preset] = {
     "efficientlif": Preset(
-        {
-            "name": "lif",
-            "tau": 4 / 3,
-            "decay_input": True,
-            "v_threshold": 1.0,
-            "v_reset": "soft",
-            "detach_reset": True,
-            "surrogate": "atan(2)",
-        },
+        _EFFICIENTLIF,
         "step_bn",
         "leak 0.25, gain 0.75, batch norm per step: release of EfficientLIF-Net (Kim et al. 2023, arXiv:2305.18360)",
+    ),
+    "efficientlif_gain1": Preset(
+        {**_EFFICIENTLIF, "decay_input": False},
+        "step_bn",
+        "the same with gain 1: the input is not divided by tau",
     ),
 }
 
