@@ -269,7 +269,7 @@ def verify(
     pairs: Pairs = None,
     as_json: AsJson = False,
 ) -> None:
-    """Proof that a strategy is exact: spikefit verify vgg9 strategy=lean:spikes timesteps=4 batch=2 image=3x32x32."""
+    """Proof that a strategy is as exact as it says: spikefit verify vgg9 strategy=lean:spikes timesteps=4 batch=2 image=3x32x32."""
     from spikefit.cli.targets import verify_target
 
     verdict = verify_target(target, read_pairs(pairs))
