@@ -20,24 +20,12 @@ from spikefit.ops.lif import reference as lif_reference
 from spikefit.ops.lif.equation import Equation
 from spikefit.ops.lif.reference import undo
 from spikefit.ops.surrogate import atan, rect, sigmoid
-from support import assert_close, assert_same_spikes, dyadic, saved_bytes
+from support import KNOWN_GRADIENTS, KNOWN_TRACE, assert_close, assert_same_spikes, dyadic, saved_bytes
 
-# input of the four calls, leak 1/4, threshold 1; u, s and v worked out by hand
-TRACE = [1.25, 0.75, 1.0, 0.625]
+# s, v and u of the known trace, worked out by hand
 SPIKES = [1, 0, 1, 0]
 AFTER = {"soft": [0.25, 0.8125, 0.203125, 0.67578125], "hard": [0, 0.75, 0, 0.625]}
 CHARGED = {"soft": [1.25, 0.8125, 1.203125, 0.67578125], "hard": [1.25, 0.75, 1.1875, 0.625]}
-# dL/dx of L = sum(s)
-KNOWN = [
-    ("soft", True, rect(1), [1.328125, 1.3125, 1.25, 1.0]),
-    ("soft", False, rect(1), [1.0, 1.0, 1.0, 1.0]),
-    ("hard", True, rect(1), [1.0, 1.25, 1.0, 1.0]),
-    ("hard", False, rect(1), [0.6737670898, 1.0439453125, 0.703125, 1.0]),
-    ("soft", True, atan(2), [0.8561697815, 0.9507332932, 0.8333232986, 0.4908045124]),
-    ("soft", False, atan(2), [0.6938785629, 0.7904527258, 0.7461291566, 0.4908045124]),
-    ("hard", True, atan(2), [0.6184864582, 0.8040870753, 0.7424024686, 0.4187757051]),
-    ("hard", False, atan(2), [0.4821058724, 0.7056223601, 0.6501039963, 0.4187757051]),
-]
 # which calls are layers, groups of channels and time steps: (layers m, groups n), T = 4 / (m n)
 ORDERS = {"none": (1, 1), "layer": (2, 1), "channel": (1, 2), "layer_channel": (2, 2)}
 STRATEGIES = {
@@ -97,7 +85,7 @@ def run_calls(order, strategy, reset="soft", shared=True, **neuron):
     options |= {"frac_bits": 16} if strategy == "integer" else {}
     block = Calls(layers, groups, **options)
     stage = (CallsInTurn if shared else SharedStage)([block], one_membrane=shared)
-    x = torch.tensor(TRACE).view(-1, 1, layers * groups).requires_grad_()
+    x = torch.tensor(KNOWN_TRACE).view(-1, 1, layers * groups).requires_grad_()
     seen = []
     for unit in block.layers:
         unit.neuron.register_forward_hook(lambda m, i, out: seen.append((out[0].detach(), out[1].detach())))
@@ -115,7 +103,7 @@ def test_known_trace_in_every_order_of_calls(order, reset, strategy):
     _, groups = ORDERS[order]
     assert [s for row in fired for s in row] == SPIKES
     # a neuron with groups shows the membrane behind the last of them
-    calls = len(TRACE) // len(after)
+    calls = len(KNOWN_TRACE) // len(after)
     assert [v for row in after for v in row] == AFTER[reset][calls - 1 :: calls]
     assert state[0].shape == (1, 1)
     assert state[0].item() == AFTER[reset][-1]
@@ -139,14 +127,16 @@ def test_a_gain_below_one_fires_nowhere(order, strategy):
     for unit in block.layers:
         unit.neuron = LIF(tau=4 / 3, decay_input=True, groups=groups, **grid)
         assert unit.neuron.coefficients() == (pytest.approx(0.25), 0.75)
-    out, (v, _) = CallsInTurn([block])(torch.tensor(TRACE).view(-1, 1, layers * groups), rebuild=STRATEGIES[strategy])
+    out, (v, _) = CallsInTurn([block])(
+        torch.tensor(KNOWN_TRACE).view(-1, 1, layers * groups), rebuild=STRATEGIES[strategy]
+    )
     assert out.sum() == 0
     # rounding (floor of leak v, on the grid) by at most the steps of a call each
     assert v.item() == pytest.approx(0.7060546875, abs=4 / 2**16 if grid else 1e-7)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(("reset", "detach_reset", "surrogate", "wanted"), KNOWN)
+@pytest.mark.parametrize(("reset", "detach_reset", "surrogate", "wanted"), KNOWN_GRADIENTS)
 @pytest.mark.parametrize("order", ORDERS)
 def test_known_gradients_in_every_order_of_calls(order, reset, detach_reset, surrogate, wanted, strategy):
     neuron = {"detach_reset": detach_reset, "surrogate": surrogate}
@@ -162,7 +152,7 @@ def test_the_inverse_recovers_the_known_trace_exactly():
     options = {"leak": 0.25, "gain": 1.0, "v_threshold": 1.0, "equation": soft()}
     v = torch.tensor([AFTER["soft"][-1]], dtype=torch.float64)
     for k in reversed(range(4)):
-        x, s = (torch.tensor([row[k]], dtype=torch.float64) for row in (TRACE, SPIKES))
+        x, s = (torch.tensor([row[k]], dtype=torch.float64) for row in (KNOWN_TRACE, SPIKES))
         assert (v + s).item() == CHARGED["soft"][k]
         v = undo(x, v, s, **options)
         assert v.item() == ([0.0, *AFTER["soft"]])[k]
@@ -735,7 +725,12 @@ def test_layers_of_one_membrane_are_undone_by_one_equation(strategy, neurons, to
         mixed(strategy, *neurons)
     # apart they may differ, and a replay takes any
     gradients = {}
-    for name, stages in ((strategy, [(1, 1), (2, 2)]), ("bptt", [(1, 1), (2, 2)]), ("replay", [(1, 2)]), (None, [(1, 2)])):
+    for name, stages in (
+        (strategy, [(1, 1), (2, 2)]),
+        ("bptt", [(1, 1), (2, 2)]),
+        ("replay", [(1, 2)]),
+        (None, [(1, 2)]),
+    ):
         model = mixed(name or "bptt", *neurons, stages=stages)
         x = torch.randn(12, 3, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         gradients[name] = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))

@@ -349,7 +349,7 @@ BAD_INPUT = {
         f"groups={groups!r} with {share}": (
             OptionError,
             rf"share='{share}' takes groups={wanted}(, .*)?, got {groups!r}; blocks\.0 has 4 channels "
-            r"\(divisors: 2, 4\)\. share='channel' and 'layer_channel' take groups=2 or more, 'none' and 'layer' take 1",
+            r"\(divisors: 2, 4\)\. share='channel' and 'layer_channel' take groups=2 or more, 'none'",
             lambda share=share, groups=groups: small("vgg16", share, groups=groups),
         )
         for share, wanted, values in (
@@ -435,7 +435,7 @@ BAD_INPUT = {
     **{
         f"{strategy} with a hard reset": (
             StrategyError,
-            rf"blocks\.0.*{strategy} undoes a soft reset.*erases u.*v_reset='soft' .*None in Python.*, or strategy='replay'",
+            rf"blocks\.0.*{strategy} undoes a soft reset.*erases u.*v_reset='soft' \(None in Python\), or strategy='replay'",
             lambda strategy=strategy: small("vgg16", "layer", neuron=HARD, strategy=strategy),
         )
         for strategy in ("inverse", "integer")

@@ -297,7 +297,9 @@ def test_the_command_line_shows_them(capsys):
     }
     assert set(seen["lif_backward_peak_bytes"]) == set(kept)
     settings = {"strategy": "bptt", "share": "layer", "groups": [1], "leak": [0.25], "inverse_anchor_every": [6]}
-    assert settings | {"integer_assumes_grid": True} == {k: seen["settings"][k] for k in (*settings, "integer_assumes_grid")}
+    assert settings | {"integer_assumes_grid": True} == {
+        k: seen["settings"][k] for k in (*settings, "integer_assumes_grid")
+    }
 
 
 def settings_of(**options):
@@ -312,7 +314,11 @@ def test_settings_say_what_the_bytes_hold_for(capsys):
     on_grid = settings_of(neuron=ON_GRID)
     assert (on_grid["inverse_anchor_every"], on_grid["integer_assumes_grid"]) == ([], False)
     learned = settings_of(neuron="plif")
-    assert (learned["leak"], learned["inverse_anchor_every"], learned["integer_assumes_grid"]) == (["learned"], [], False)
+    assert (learned["leak"], learned["inverse_anchor_every"], learned["integer_assumes_grid"]) == (
+        ["learned"],
+        [],
+        False,
+    )
     with pytest.raises(SystemExit):
         main(["profile", "har_mlp", "share=layer", "timesteps=3", "batch=2", "neuron.tau=2", "--predict-only"])
     told = capsys.readouterr().out

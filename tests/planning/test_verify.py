@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 from spikefit.errors import SpikefitError, StrategyError
-from spikefit.layers import BatchNorm, GlobalAveragePool, Readout, SpikingConv2d, SpikingUnit, lean, packed, stage_function
+from spikefit.layers import (
+    BatchNorm,
+    GlobalAveragePool,
+    Readout,
+    SpikingConv2d,
+    SpikingUnit,
+    lean,
+    packed,
+    stage_function,
+)
 from spikefit.models import SpikingNetwork, create_model, use_strategy
 from spikefit.neurons import LIF
 from spikefit.planning import plan, verify

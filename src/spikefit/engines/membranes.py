@@ -105,9 +105,10 @@ def check_rebuilt(chain: list[Any], rebuild: Rebuild) -> None:
 def check_unshared(chain: list[Any]) -> None:
     """Raise StrategyError if a membrane is shared, which lean units cannot rebuild."""
     for block in stages_of(chain):
-        if isinstance(block, SharedStage):
-            if block.one_membrane or any(neuron_of(layer).groups > 1 for layer in block.layers):
-                raise StrategyError(
-                    f"strategy lean: the layers of {block.name} share a membrane, which a lean unit cannot rebuild; "
-                    "use strategy='replay', which keeps the bits of spikes alone as well."
-                )
+        if not isinstance(block, SharedStage):
+            continue
+        if block.one_membrane or any(neuron_of(layer).groups > 1 for layer in block.layers):
+            raise StrategyError(
+                f"strategy lean: the layers of {block.name} share a membrane, which a lean unit cannot rebuild; use "
+                "strategy='replay', which keeps the bits of spikes alone as well."
+            )

@@ -74,9 +74,7 @@ class Verdict:
 
     def __str__(self) -> str:
         word = "equal" if self.passed else "NOT equal"
-        found = (
-            f"largest gradient error {self.max_gradient_error:.1e} at {self.worst} (allowed {self.tolerance:.1e}"
-        )
+        found = f"largest gradient error {self.max_gradient_error:.1e} at {self.worst} (allowed {self.tolerance:.1e}"
         if self.approximate is None:
             first = f"{word} to plain BPTT: {found})."
         else:
