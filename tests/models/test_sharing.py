@@ -435,7 +435,7 @@ BAD_INPUT = {
     **{
         f"{strategy} with a hard reset": (
             StrategyError,
-            rf"blocks\.0.*{strategy} undoes a soft reset.*erases u.*v_reset='soft' \(None in Python\), or strategy='replay'",
+            rf"blocks\.0.*{strategy} undoes .*erases u.*v_reset='soft' \(None in Python\), or strategy='replay'",
             lambda strategy=strategy: small("vgg16", "layer", neuron=HARD, strategy=strategy),
         )
         for strategy in ("inverse", "integer")
