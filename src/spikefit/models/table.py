@@ -62,7 +62,7 @@ PRESETS: dict[str, Preset] = {
     "efficientlif_gain1": Preset(
         {**_EFFICIENTLIF, "decay_input": False},
         "step_bn",
-        "the same with gain 1: the input is not divided by tau",
+        "efficientlif with gain 1: the input is not divided by tau",
     ),
 }
 
