@@ -142,7 +142,7 @@ def _measured_steps(batch: FirstBatch, recipes: dict[str, Recipe]) -> dict[str, 
             errors[name], models[name] = gradient_error(batch.gradients(model), reference), model
         except StrategyError as error:
             refused[name] = str(error)
-    steps = {name: partial(batch.step, model) for name, model in models.items()}
+    steps: dict[str, Callable[[], Any]] = {name: partial(batch.step, model) for name, model in models.items()}
     seconds = interleaved_seconds(steps) if steps else {}
     return {
         name: {
