@@ -152,7 +152,7 @@ def test_an_approximate_strategy_is_held_to_the_error_it_accepts(strategy):
     accepts = 5e-4 if "," in strategy else 1e-3
     assert verdict.passed, str(verdict)
     assert (verdict.approximate, verdict.accepts, verdict.tolerance) == ("inverse", accepts, accepts)
-    told = "inverse is approximate, equal to plain BPTT within what it accepts: largest gradient error "
+    told = "inverse is approximate, equal to plain BPTT: largest gradient error "
     assert str(verdict).startswith(told)
     assert f"(allowed {accepts:.1e}, as its error of u stays below {accepts:g})." in str(verdict)
     # its error is no rounding of an exact strategy, and a tolerance of one's own counts

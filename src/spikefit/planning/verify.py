@@ -74,14 +74,12 @@ class Verdict:
 
     def __str__(self) -> str:
         word = "equal" if self.passed else "NOT equal"
-        found = f"largest gradient error {self.max_gradient_error:.1e} at {self.worst} (allowed {self.tolerance:.1e}"
-        if self.approximate is None:
-            first = f"{word} to plain BPTT: {found})."
-        else:
-            first = (
-                f"{self.approximate} is approximate, {word} to plain BPTT within what it accepts: {found}, as its "
-                f"error of u stays below {self.accepts:g})."
-            )
+        accepted = f", as its error of u stays below {self.accepts:g}" if self.accepts else ""
+        found = (
+            f"{word} to plain BPTT: largest gradient error {self.max_gradient_error:.1e} at {self.worst} (allowed "
+            f"{self.tolerance:.1e}{accepted})."
+        )
+        first = found if self.approximate is None else f"{self.approximate} is approximate, {found}"
         lines = [
             first,
             f"spikes {_word(self.spikes_equal)}, buffers {_word(self.buffers_equal)}, random numbers "
