@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from harness import describe, interleave, ratio, write
 
-from spikefit import create_model, use_strategy
+from spikefit import create_model
 from spikefit.data import load_dataset
 from spikefit.encoding import repeat
 from spikefit.errors import DataError

@@ -24,7 +24,13 @@ RESULTS = HERE / "results"
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
 OPS = ("lif_op", "reversible_node")
 # name -> whether it needs the environment of the peers
-BENCHMARKS = {"lif_op": False, "vgg6_step": True, "memory_step": True, "reversible_node": False, "reversible_depth": False}
+BENCHMARKS = {
+    "lif_op": False,
+    "vgg6_step": True,
+    "memory_step": True,
+    "reversible_node": False,
+    "reversible_depth": False,
+}
 
 
 def run(name: str, *, quick: bool, threads: int) -> dict | None:

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from spikefit.ops import dispatch
 from spikefit.ops.lif import lif
 from spikefit.ops.node import Reversal, two_group
+from spikefit.ops.surrogate import atan, rect
 
 _reason = dispatch.triton_refusal(torch.zeros(1))
 # "triton" as a test parameter: on CPU tensors, in Triton's interpreter
@@ -25,6 +26,20 @@ EQUATIONS: dict[str, dict] = {
     "none": {"reset": False},
 }
 COEFFICIENTS = {"leak": 0.5, "gain": 0.75, "v_threshold": 1.0}
+
+# Input of four calls of one membrane, leak 1/4, threshold 1, and what follows, worked out by hand: reset, detached,
+# surrogate, dL/dx of L = sum of the spikes 1, 0, 1, 0.
+KNOWN_TRACE = [1.25, 0.75, 1.0, 0.625]
+KNOWN_GRADIENTS = [
+    ("soft", True, rect(1), [1.328125, 1.3125, 1.25, 1.0]),
+    ("soft", False, rect(1), [1.0, 1.0, 1.0, 1.0]),
+    ("hard", True, rect(1), [1.0, 1.25, 1.0, 1.0]),
+    ("hard", False, rect(1), [0.6737670898, 1.0439453125, 0.703125, 1.0]),
+    ("soft", True, atan(2), [0.8561697815, 0.9507332932, 0.8333232986, 0.4908045124]),
+    ("soft", False, atan(2), [0.6938785629, 0.7904527258, 0.7461291566, 0.4908045124]),
+    ("hard", True, atan(2), [0.6184864582, 0.8040870753, 0.7424024686, 0.4187757051]),
+    ("hard", False, atan(2), [0.4821058724, 0.7056223601, 0.6501039963, 0.4187757051]),
+]
 
 
 def dyadic(*shape: int, low: float = -1.0, high: float = 2.0, seed: int = 0) -> Tensor:

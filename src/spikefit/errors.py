@@ -3,6 +3,9 @@
 Every error a user can cause is a `SpikefitError`; the command line prints its one sentence instead of a traceback.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class SpikefitError(Exception):
     """Base of all errors raised on purpose."""
@@ -58,3 +61,12 @@ class CheckpointError(SpikefitError):
 
 class TrainingError(SpikefitError, RuntimeError):
     """Training cannot go on, for example because the loss is not finite."""
+
+
+@contextmanager
+def named(who: str) -> Iterator[None]:
+    """Errors raised on purpose within the block begin with `who`: the layer, where an operation does not know it."""
+    try:
+        yield
+    except SpikefitError as error:
+        raise type(error)(f"{who}: {error}") from None

@@ -234,6 +234,12 @@ def test_list_without_a_word_and_for_a_model(run):
     assert {name for name, text in applies.items() if text == "yes"} == {"bptt", "lean", "checkpoint", "replay"}
     assert "norm='step_bn'" in applies["inverse"], "it says why not, and what to do"
     assert "norm='step_bn'" in applies["integer"]
+    words = ("share=layer_channel", "groups=2", "neuron.frac_bits=16")
+    rows = json.loads(run("list", "strategies", "har_mlp", *words, "--json")[1])
+    applies = {row["name"]: row["applies"] for row in rows}
+    assert {name for name, text in applies.items() if text == "yes"} == {"bptt", "checkpoint", "replay", "integer"}
+    assert "share a membrane" in applies["lean"]
+    assert "use strategy='integer'" in applies["inverse"]
 
 
 def test_env(run):
@@ -275,6 +281,7 @@ MISTAKES = [
     (["study", "missing.toml"], 2, "missing.toml"),
     (["list", "modles"], 2, "Did you mean models"),
     (["list", "models", "vgg9"], 2, "only 'list strategies'"),
+    (["list", "strategies", "vgg9", "shar=layer"], 2, "Did you mean share"),
 ]
 
 

@@ -7,8 +7,9 @@ from torch import nn
 
 from spikefit.engines import STRATEGIES, Strategy, parse_strategy
 from spikefit.errors import StrategyError
-from spikefit.layers import GlobalAveragePool, Readout, SpikingConv2d
+from spikefit.layers import GlobalAveragePool, Readout, SpikingConv2d, SpikingLinear
 from spikefit.models import SpikingNetwork, create_model, use_strategy
+from spikefit.neurons import LIF
 from spikefit.ops.dispatch import installed, use_backend
 from spikefit.planning.memory import predicted_bytes
 from support import backends_called
@@ -45,6 +46,54 @@ def test_matches_bptt(name, strategy):
     for key, buffer in wanted[2].items():
         assert torch.equal(got[2][key], buffer), key
     assert torch.equal(got[3], wanted[3])
+
+
+SHARING = {"har_mlp": {"hidden": 16}, "resnet19": {"width": 1 / 32, "input_shape": (3, 8, 8)}}
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "checkpoint:1", "checkpoint:2"])
+@pytest.mark.parametrize(("share", "groups"), [("layer", 1), ("channel", 2), ("layer_channel", 2)])
+@pytest.mark.parametrize("name", SHARING)
+def test_checkpoints_of_stages_that_share_membranes(name, share, groups, strategy):
+    """Gradients, and statistics that move once, are those of bptt; no hook stays."""
+    steps = []
+    for chosen in ("bptt", strategy):
+        torch.manual_seed(0)
+        options = SHARING[name] | {"share": share, "groups": groups, "norm": "step_bn"}
+        model = create_model(name, **options, strategy=chosen).double()
+        x = torch.randn(4, 3, *model.input_shape, dtype=torch.float64, requires_grad=True)
+        logits = model(x)
+        gradients = torch.autograd.grad(logits.square().mean(), [x, *model.parameters()])
+        steps.append((logits.detach(), gradients, dict(model.named_buffers())))
+        assert not any(m._forward_hooks for m in model.modules())
+    wanted, got = steps
+    assert torch.equal(got[0], wanted[0])
+    assert all(float(g.abs().max()) > 0 for g in wanted[1])
+    for a, b in zip(got[1], wanted[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert any(bool(buffer.any()) for buffer in wanted[2].values())
+    for key, buffer in wanted[2].items():
+        assert torch.equal(got[2][key], buffer), key
+
+
+class Doubling(LIF):
+    """A neuron that does something else every time."""
+
+    calls = 0
+
+    def forward(self, x, v_0=None):
+        self.calls += 1
+        return super().forward(x * self.calls, v_0)
+
+
+def test_a_unit_of_a_stage_that_cannot_be_repeated_is_refused():
+    blocks = [SpikingLinear(4, 4, norm="step_bn", neuron=neuron) for neuron in (LIF(), Doubling())]
+    model = SpikingNetwork(
+        [*blocks, Readout(4, 2)], input_shape=(4,), share="layer", stages=[(0, 1)], strategy="checkpoint"
+    )
+    loss = model(torch.randn(3, 2, 4)).square().sum()
+    with pytest.raises(StrategyError, match="SpikingLinear gave another output"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("strategy", ["checkpoint:2", "lean:input", "lean:spikes"])

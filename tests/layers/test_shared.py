@@ -20,24 +20,12 @@ from spikefit.ops.lif import reference as lif_reference
 from spikefit.ops.lif.equation import Equation
 from spikefit.ops.lif.reference import undo
 from spikefit.ops.surrogate import atan, rect, sigmoid
-from support import assert_close, assert_same_spikes, dyadic, saved_bytes
+from support import KNOWN_GRADIENTS, KNOWN_TRACE, assert_close, assert_same_spikes, dyadic, saved_bytes
 
-# input of the four calls, leak 1/4, threshold 1; u, s and v worked out by hand
-TRACE = [1.25, 0.75, 1.0, 0.625]
+# s, v and u of the known trace, worked out by hand
 SPIKES = [1, 0, 1, 0]
 AFTER = {"soft": [0.25, 0.8125, 0.203125, 0.67578125], "hard": [0, 0.75, 0, 0.625]}
 CHARGED = {"soft": [1.25, 0.8125, 1.203125, 0.67578125], "hard": [1.25, 0.75, 1.1875, 0.625]}
-# dL/dx of L = sum(s)
-KNOWN = [
-    ("soft", True, rect(1), [1.328125, 1.3125, 1.25, 1.0]),
-    ("soft", False, rect(1), [1.0, 1.0, 1.0, 1.0]),
-    ("hard", True, rect(1), [1.0, 1.25, 1.0, 1.0]),
-    ("hard", False, rect(1), [0.6737670898, 1.0439453125, 0.703125, 1.0]),
-    ("soft", True, atan(2), [0.8561697815, 0.9507332932, 0.8333232986, 0.4908045124]),
-    ("soft", False, atan(2), [0.6938785629, 0.7904527258, 0.7461291566, 0.4908045124]),
-    ("hard", True, atan(2), [0.6184864582, 0.8040870753, 0.7424024686, 0.4187757051]),
-    ("hard", False, atan(2), [0.4821058724, 0.7056223601, 0.6501039963, 0.4187757051]),
-]
 # which calls are layers, groups of channels and time steps: (layers m, groups n), T = 4 / (m n)
 ORDERS = {"none": (1, 1), "layer": (2, 1), "channel": (1, 2), "layer_channel": (2, 2)}
 STRATEGIES = {
@@ -97,7 +85,7 @@ def run_calls(order, strategy, reset="soft", shared=True, **neuron):
     options |= {"frac_bits": 16} if strategy == "integer" else {}
     block = Calls(layers, groups, **options)
     stage = (CallsInTurn if shared else SharedStage)([block], one_membrane=shared)
-    x = torch.tensor(TRACE).view(-1, 1, layers * groups).requires_grad_()
+    x = torch.tensor(KNOWN_TRACE).view(-1, 1, layers * groups).requires_grad_()
     seen = []
     for unit in block.layers:
         unit.neuron.register_forward_hook(lambda m, i, out: seen.append((out[0].detach(), out[1].detach())))
@@ -115,7 +103,7 @@ def test_known_trace_in_every_order_of_calls(order, reset, strategy):
     _, groups = ORDERS[order]
     assert [s for row in fired for s in row] == SPIKES
     # a neuron with groups shows the membrane behind the last of them
-    calls = len(TRACE) // len(after)
+    calls = len(KNOWN_TRACE) // len(after)
     assert [v for row in after for v in row] == AFTER[reset][calls - 1 :: calls]
     assert state[0].shape == (1, 1)
     assert state[0].item() == AFTER[reset][-1]
@@ -139,14 +127,16 @@ def test_a_gain_below_one_fires_nowhere(order, strategy):
     for unit in block.layers:
         unit.neuron = LIF(tau=4 / 3, decay_input=True, groups=groups, **grid)
         assert unit.neuron.coefficients() == (pytest.approx(0.25), 0.75)
-    out, (v, _) = CallsInTurn([block])(torch.tensor(TRACE).view(-1, 1, layers * groups), rebuild=STRATEGIES[strategy])
+    out, (v, _) = CallsInTurn([block])(
+        torch.tensor(KNOWN_TRACE).view(-1, 1, layers * groups), rebuild=STRATEGIES[strategy]
+    )
     assert out.sum() == 0
     # rounding (floor of leak v, on the grid) by at most the steps of a call each
     assert v.item() == pytest.approx(0.7060546875, abs=4 / 2**16 if grid else 1e-7)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(("reset", "detach_reset", "surrogate", "wanted"), KNOWN)
+@pytest.mark.parametrize(("reset", "detach_reset", "surrogate", "wanted"), KNOWN_GRADIENTS)
 @pytest.mark.parametrize("order", ORDERS)
 def test_known_gradients_in_every_order_of_calls(order, reset, detach_reset, surrogate, wanted, strategy):
     neuron = {"detach_reset": detach_reset, "surrogate": surrogate}
@@ -162,7 +152,7 @@ def test_the_inverse_recovers_the_known_trace_exactly():
     options = {"leak": 0.25, "gain": 1.0, "v_threshold": 1.0, "equation": soft()}
     v = torch.tensor([AFTER["soft"][-1]], dtype=torch.float64)
     for k in reversed(range(4)):
-        x, s = (torch.tensor([row[k]], dtype=torch.float64) for row in (TRACE, SPIKES))
+        x, s = (torch.tensor([row[k]], dtype=torch.float64) for row in (KNOWN_TRACE, SPIKES))
         assert (v + s).item() == CHARGED["soft"][k]
         v = undo(x, v, s, **options)
         assert v.item() == ([0.0, *AFTER["soft"]])[k]
@@ -459,8 +449,8 @@ def dense_stage(share, neuron=None, *, layers=3, width=12, norm="step_bn", pool=
         one.groups = groups
         units.append(SpikingLinear(width, width, norm=norm, neuron=one))
     whole = share in ("layer", "layer_channel")
-    first = SharedStage(units[:1], name="first", one_membrane=whole)
-    return first, SharedStage(units[1:], name="rest", one_membrane=whole), units
+    first = SharedStage(units[:1], one_membrane=whole)
+    return first, SharedStage(units[1:], first=1, one_membrane=whole), units
 
 
 @pytest.mark.parametrize("share", SHARES)
@@ -705,6 +695,51 @@ def test_the_inverse_refuses_distances_that_are_not_safe():
     assert three("inverse").strategy.option is None
 
 
+def mixed(strategy, *neurons, stages=((1, 2),)):
+    """Three layers with neurons of their own, the last two on one membrane."""
+    torch.manual_seed(0)
+    blocks = [SpikingLinear(8, 8, norm="step_bn", neuron=LIF(**options)) for options in neurons]
+    return SpikingNetwork(
+        [*blocks, Readout(8, 3)], input_shape=(8,), share="layer", stages=stages, strategy=strategy
+    ).double()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "neurons", "told"),
+    [
+        (
+            "inverse",
+            [{}, {"tau": 4 / 3}, {"tau": 10.0}],
+            r"blocks\.1 and blocks\.2: inverse undoes .*got leak=0\.25, frac_bits=None and leak=0\.9, frac_bits=None",
+        ),
+        (
+            "integer",
+            [{"frac_bits": 16}, {"frac_bits": 16}, {"frac_bits": 8}],
+            r"blocks\.1 and blocks\.2: integer undoes .*got leak=0\.5, frac_bits=16 and leak=0\.5, frac_bits=8",
+        ),
+    ],
+    ids=["two leaks", "two grids"],
+)
+def test_layers_of_one_membrane_are_undone_by_one_equation(strategy, neurons, told):
+    with pytest.raises(StrategyError, match=told + r"; .*the same, split the stage, or use strategy='replay'"):
+        mixed(strategy, *neurons)
+    # apart they may differ, and a replay takes any
+    gradients = {}
+    for name, stages in (
+        (strategy, [(1, 1), (2, 2)]),
+        ("bptt", [(1, 1), (2, 2)]),
+        ("replay", [(1, 2)]),
+        (None, [(1, 2)]),
+    ):
+        model = mixed(name or "bptt", *neurons, stages=stages)
+        x = torch.randn(12, 3, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        gradients[name] = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    for got, wanted in ((strategy, "bptt"), ("replay", None)):
+        for a, b in zip(gradients[got], gradients[wanted], strict=True):
+            assert b.abs().max() > 0
+            assert_close(a, b, 1e-9)
+
+
 @pytest.mark.parametrize("share", SHARES)
 def test_the_inverse_refuses_membranes_beyond_what_was_assumed(share):
     for strategy, safe in (("inverse:6", 4), ("inverse", 4)):
@@ -725,6 +760,11 @@ def test_the_inverse_refuses_membranes_beyond_what_was_assumed(share):
         use_strategy(model, f"inverse:{safe}")(x).sum().backward()
         with torch.no_grad():
             model(x)
+        # what is not a number is no safe number
+        for wrong in (float("nan"), float("inf")):
+            x[0, 0, 0] = wrong
+            with pytest.raises(StrategyError, match=r"blocks\.0: inverse .*error of up to (nan|inf) in u"):
+                model(x)
 
 
 @pytest.mark.parametrize("share", SHARES)

@@ -1,5 +1,6 @@
 """Networks that share membranes: sizes, stages, state, presets, and a refusal with the way out for every misuse."""
 
+import copy
 import json
 
 import pytest
@@ -224,8 +225,21 @@ def test_preset():
     model = small("resnet19", "none", preset="efficientlif", neuron=hard, norm="tdbn")
     assert {m.v_reset for m in model.modules() if isinstance(m, SpikingNeuron)} == {0.0}
     assert {m.time_scope for m in model.modules() if hasattr(m, "time_scope")} == {"sequence"}
-    with pytest.raises(OptionError, match=r"preset: expected one of efficientlif, got 'eficientlif'.*Did you mean"):
+    with pytest.raises(
+        OptionError, match=r"preset: expected one of efficientlif, efficientlif_gain1, got 'eficientlif'.*Did you mean"
+    ):
         create_model("vgg16", preset="eficientlif")
+
+
+def test_preset_with_gain_one():
+    """The same neuron and norm but for the factor on the input."""
+    plain, scaled = (
+        small("har_mlp", "layer", preset=name).blocks[1] for name in ("efficientlif_gain1", "efficientlif")
+    )
+    assert plain.neuron.coefficients() == (pytest.approx(0.25), 1.0)
+    assert {**plain.neuron.options(), "gain": 0} == {**scaled.neuron.options(), "gain": 0}
+    assert type(plain.norm) is type(scaled.norm)
+    assert plain.norm.time_scope == "step"
 
 
 def test_preset_and_sharing_in_a_recipe():
@@ -246,6 +260,38 @@ def test_preset_and_sharing_in_a_recipe():
     assert str(build_model(load_recipe(values)).strategy) == "replay"
 
 
+@pytest.mark.parametrize("shares", [("none", "channel"), ("channel", "none")])
+def test_networks_of_the_same_blocks_do_not_change_each_other(shares):
+    first = small("har_mlp", shares[0], norm="step_bn", strategy="bptt")
+    x, groups = sequence(first), [SHARES[share] for share in shares]
+    wanted = first(x)
+    assert torch.equal(SpikingNetwork(first.blocks, input_shape=(9,), share=shares[0], groups=groups[0])(x), wanted)
+
+    def second(blocks):
+        return SpikingNetwork(blocks, input_shape=(9,), share=shares[1], groups=groups[1], strategy="bptt")
+
+    if shares[0] == "none":
+        second(copy.deepcopy(first.blocks))
+        assert torch.equal(first(x), wanted)
+        other = second(first.blocks)
+        with pytest.raises(
+            OptionError, match=r"made with groups=1, and blocks\.0 now has groups=2, .*copy\.deepcopy\(blocks\)"
+        ):
+            first(x)
+        assert not torch.equal(other(x), wanted)
+    else:
+        with pytest.raises(OptionError, match=r"got blocks\.0 with groups=2, which another network may use"):
+            second(first.blocks)
+        assert torch.equal(first(x), wanted)
+
+
+def test_a_network_that_is_refused_leaves_its_blocks_alone():
+    blocks = convs(SpikingConv2d(8, 8, stride=2, norm="step_bn"))
+    with pytest.raises(OptionError, match="one shape"):
+        chain(*blocks, share="layer_channel", groups=2, stages=[(0, 2)])
+    assert {m.groups for m in chain(*blocks).modules() if isinstance(m, SpikingNeuron)} == {1}
+
+
 def chain(*blocks, **options):
     return SpikingNetwork(blocks, input_shape=(3, 8, 8), **options)
 
@@ -259,17 +305,26 @@ def second_width(unit):
     return int(unit.synapse.weight.shape[0])
 
 
-def stepped(share, change):
+def stepped(share, change, **options):
     """A step from a state that `change` made of the right one."""
-    model = small("har_mlp", share).eval()
+    model = small("har_mlp", share, **options).eval()
     state = model.init_state(2)
     return model.step(torch.randn(2, 9), (state[0], change(state[1]), *state[2:]))
 
 
-def large(share):
+def large(share, strategy):
     """A step of a network on a grid whose membranes leave it."""
-    model = small("har_mlp", share, neuron={"name": "lif", "frac_bits": 20}, norm="ws", strategy="integer")
-    return model(100 * torch.randn(2, 2, 9))
+    model = small("har_mlp", share, neuron={"name": "lif", "frac_bits": 20}, norm="none", strategy=strategy)
+    with torch.no_grad():
+        model.blocks[2].synapse.bias.add_(100)
+    return model(torch.randn(2, 2, 9))
+
+
+def residual(share, neuron, **options):
+    """A network of two residual blocks, whose layers have names of their own."""
+    blocks = [SpikingConv2d(3, 8, norm="step_bn"), *(ResidualBlock(8, 8, norm="step_bn") for _ in range(2))]
+    blocks[2].second.neuron = LIF(**neuron)
+    return chain(*blocks, GlobalAveragePool(), Readout(8, 3), share=share, stages=[(1, 2)], **options)
 
 
 HARD = {"name": "lif", "v_reset": 0.0}
@@ -277,12 +332,12 @@ HARD = {"name": "lif", "v_reset": 0.0}
 BAD_INPUT = {
     "channels that groups do not divide": (
         OptionError,
-        r"blocks\.0: its 16 channels .*groups=3; expected a divisor of them \(2, 4, 8, 16\)",
+        r"blocks\.0: its 16 channels \(divisors: 2, 4, 8, 16\) .*groups=3; .*'none' and 'layer' take 1\.",
         lambda: small("har_mlp", "channel", groups=3),
     ),
     "channels of one layer that groups do not divide": (
         OptionError,
-        r"blocks\.1\.first: its 10 channels .*groups=4; expected a divisor .*\(2, 5, 10\).*another width",
+        r"blocks\.1\.first: its 10 channels \(divisors: 2, 5, 10\) .*groups=4; .*another width",
         lambda: chain(SpikingConv2d(3, 8), ResidualBlock(8, 10), share="channel", groups=4),
     ),
     "one channel": (
@@ -293,7 +348,8 @@ BAD_INPUT = {
     **{
         f"groups={groups!r} with {share}": (
             OptionError,
-            rf"share='{share}' takes groups={wanted}(, .*)?, got {groups!r}\. share='channel' and",
+            rf"share='{share}' takes groups={wanted}(, .*)?, got {groups!r}; blocks\.0 has 4 channels "
+            r"\(divisors: 2, 4\)\. share='channel' and 'layer_channel' take groups=2 or more, 'none'",
             lambda share=share, groups=groups: small("vgg16", share, groups=groups),
         )
         for share, wanted, values in (
@@ -306,7 +362,7 @@ BAD_INPUT = {
     },
     "layers of one membrane that differ in channels": (
         OptionError,
-        r"blocks\.1-2: .*one shape, got .*8x8x8.*4x8x8.*share='channel', or split the stage",
+        r"blocks\.1-2: .*one shape, got blocks\.1 8x8x8, blocks\.2 4x8x8\..*share='channel', or split the stage",
         lambda: chain(*convs(SpikingConv2d(8, 4, norm="step_bn")), share="layer", stages=[(1, 2)]),
     ),
     "layers of one membrane that differ in side": (
@@ -316,19 +372,36 @@ BAD_INPUT = {
     ),
     "a state of other membranes": (
         StateError,
-        r"expected a membrane \(2, 8\) torch\.float32 on cpu, got \(2, 16\)",
+        r"blocks\.1: lif: expected a membrane \(2, 8\) torch\.float32 on cpu, got \(2, 16\)",
         lambda: stepped("layer_channel", lambda v: torch.cat([v, v], 1)),
     ),
     "a state of another dtype": (
         StateError,
-        r"expected a membrane \(2, 16\) torch\.float32 on cpu, got \(2, 16\) torch\.float64",
+        r"blocks\.1: lif: expected a membrane \(2, 16\) torch\.float32 on cpu, got \(2, 16\) torch\.float64",
         lambda: stepped("layer", lambda v: v.double()),
     ),
     "a state on another device": (
         StateError,
-        r"expected a membrane \(2, 8\) torch\.float32 on cpu, got \(2, 8\) torch\.float32 on meta",
+        r"blocks\.1: lif: expected a membrane \(2, 8\) torch\.float32 on cpu, got \(2, 8\) torch\.float32 on meta",
         lambda: stepped("channel", lambda v: v.to("meta")),
     ),
+    **{
+        f"a state of another shape under {strategy}": (
+            StateError,
+            r"blocks\.1: lif: expected a membrane \(2, 16\) torch\.float32 on cpu, got \(3, 16\)",
+            lambda strategy=strategy: stepped("none", lambda v: torch.zeros(3, 16), strategy=strategy, norm="step_bn"),
+        )
+        for strategy in ("bptt", "checkpoint:1", "checkpoint:2", "replay", "inverse")
+    },
+    **{
+        f"a {kind} as membrane under {strategy}": (
+            StateError,
+            rf"blocks\.1-3: expected a membrane as a tensor, got {kind}\. Pass what the last call returned",
+            lambda strategy=strategy, value=value: stepped("layer", lambda v: value, strategy=strategy),
+        )
+        for strategy in ("bptt", "replay", "inverse")
+        for kind, value in (("list", [0.0]), ("str", "zeros"))
+    },
     "a state of one membrane per layer": (
         StateError,
         r"blocks\.1-3: expected a state of 1 membranes, got 2.*init_state\(2\)",
@@ -362,7 +435,7 @@ BAD_INPUT = {
     **{
         f"{strategy} with a hard reset": (
             StrategyError,
-            rf"blocks\.0.*{strategy} undoes a soft reset.*erases u.*v_reset='soft', or strategy='replay'",
+            rf"blocks\.0.*{strategy} undoes .*erases u.*v_reset='soft' \(None in Python\), or strategy='replay'",
             lambda strategy=strategy: small("vgg16", "layer", neuron=HARD, strategy=strategy),
         )
         for strategy in ("inverse", "integer")
@@ -409,7 +482,25 @@ BAD_INPUT = {
         r"blocks\.0.*digits that a membrane on a grid loses \(frac_bits=16\); use strategy='integer'",
         lambda: small("har_mlp", "layer", neuron={"name": "lif", "frac_bits": 16}, strategy="inverse"),
     ),
-    "a membrane that leaves its grid": (StateError, r"membranes below 8.*lower frac_bits", lambda: large("layer")),
+    **{
+        f"a membrane that leaves its grid, {share}, {strategy}": (
+            StateError,
+            r"blocks\.2: lif: expected membranes below 8.*lower frac_bits",
+            lambda share=share, strategy=strategy: large(share, strategy),
+        )
+        for share in ("none", "layer")
+        for strategy in ("bptt", "replay", "integer")
+    },
+    "a reset inside a block of a stage": (
+        StrategyError,
+        r"^blocks\.2\.second: inverse undoes a soft reset",
+        lambda: residual("layer", {"v_reset": 0.0}, strategy="inverse"),
+    ),
+    "a leak inside a block of a stage": (
+        StrategyError,
+        r"^blocks\.1\.first and blocks\.2\.second: inverse undoes .*leak=0\.5, .*leak=0\.75",
+        lambda: residual("layer", {"tau": 4.0}, strategy="inverse"),
+    ),
     "a bound that is passed": (
         StrategyError,
         r"blocks\.0: .*leak=0\.25, .*up to 8 .*0\.0026 .*largest safe anchor_every is 6 .*'replay'",
@@ -479,9 +570,29 @@ BAD_INPUT = {
     ),
     "layer sharing over time": (
         OptionError,
-        r"share='layer' .*(needs stages|needs the whole sequence).*use share='channel'",
+        r"har_conv: .*cannot share a membrane, got share='layer'; use share='channel', or model har_mlp",
         lambda: create_model("har_conv", timesteps=16, widths=[8, 8], share="layer"),
     ),
+    **{
+        f"stages with share={share}": (
+            OptionError,
+            rf"stages are those of share='layer' and 'layer_channel', got stages=\[\(0, 1\)\] with share='{share}'",
+            lambda share=share, groups=groups: chain(
+                *convs(SpikingConv2d(8, 8)), share=share, groups=groups, stages=[(0, 1)]
+            ),
+        )
+        for share, groups in (("none", 1), ("channel", 2))
+    },
+    **{
+        f"a neuron with groups of its own, share={share}": (
+            OptionError,
+            rf"without groups, as this network has groups={groups}, got blocks\.2 with groups=4, .*build new blocks",
+            lambda share=share, groups=groups: chain(
+                *convs(SpikingConv2d(8, 8, neuron=LIF(groups=4))), share=share, groups=groups
+            ),
+        )
+        for share, groups in (("none", 1), ("channel", 2))
+    },
     "lean": (
         StrategyError,
         r"lean: the layers of blocks\.1-3 share a membrane.*use strategy='replay'",

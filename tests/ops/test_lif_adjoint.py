@@ -5,30 +5,19 @@ import torch
 
 from spikefit.ops.lif import lif, lif_backward
 from spikefit.ops.surrogate import atan, fast_sigmoid, rect, sigmoid, triangle
-from support import EQUATIONS, KERNELS, assert_close, assert_same_spikes, dyadic
+from support import EQUATIONS, KERNELS, KNOWN_GRADIENTS, KNOWN_TRACE, assert_close, assert_same_spikes, dyadic
 
 BACKENDS = ["reference", *KERNELS]
 
-# input (5/4, 3/4, 1, 5/8), leak 1/4, threshold 1, worked out by hand: reset, detached, surrogate, dL/dx of L = sum(s)
-TRACE = [1.25, 0.75, 1.0, 0.625]
+# membrane behind the known trace
 MEMBRANE = {"soft": 0.67578125, "hard": 0.625}
-KNOWN = [
-    ("soft", True, rect(1), [1.328125, 1.3125, 1.25, 1.0]),
-    ("soft", False, rect(1), [1.0, 1.0, 1.0, 1.0]),
-    ("hard", True, rect(1), [1.0, 1.25, 1.0, 1.0]),
-    ("hard", False, rect(1), [0.6737670898, 1.0439453125, 0.703125, 1.0]),
-    ("soft", True, atan(2), [0.8561697815, 0.9507332932, 0.8333232986, 0.4908045124]),
-    ("soft", False, atan(2), [0.6938785629, 0.7904527258, 0.7461291566, 0.4908045124]),
-    ("hard", True, atan(2), [0.6184864582, 0.8040870753, 0.7424024686, 0.4187757051]),
-    ("hard", False, atan(2), [0.4821058724, 0.7056223601, 0.6501039963, 0.4187757051]),
-]
 
 
-@pytest.mark.parametrize(("reset", "detach_reset", "surrogate", "wanted"), KNOWN)
+@pytest.mark.parametrize(("reset", "detach_reset", "surrogate", "wanted"), KNOWN_GRADIENTS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_known_traces_and_gradients(backend, reset, detach_reset, surrogate, wanted):
     options = {"leak": 0.25, "v_reset": 0.0 if reset == "hard" else None, "backend": backend}
-    x = torch.tensor(TRACE).view(4, 1, 1).requires_grad_()
+    x = torch.tensor(KNOWN_TRACE).view(4, 1, 1).requires_grad_()
     spikes, v_T = lif(x, **options, detach_reset=detach_reset, surrogate=surrogate)
     spikes.sum().backward()
     assert spikes.flatten().tolist() == [1, 0, 1, 0]
@@ -38,7 +27,7 @@ def test_known_traces_and_gradients(backend, reset, detach_reset, surrogate, wan
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gain_of_the_known_trace(backend):
-    spikes, v_T = lif(torch.tensor(TRACE).view(4, 1, 1), leak=0.25, gain=0.75, backend=backend)
+    spikes, v_T = lif(torch.tensor(KNOWN_TRACE).view(4, 1, 1), leak=0.25, gain=0.75, backend=backend)
     assert spikes.flatten().tolist() == [0, 0, 0, 0]
     assert v_T.item() == 0.7060546875
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from spikefit.cli import main
+from spikefit.errors import StrategyError
 from spikefit.models import create_model, use_strategy
 from spikefit.models.network import plain_bptt
 from spikefit.neurons import LIF
@@ -188,9 +189,49 @@ def test_what_no_strategy_can_rebuild_has_no_bytes():
     assert (hard.kept["bptt"], hard.kept["replay"]) == (4 * 16 * 3 * 2 * 4, 4 * 2 * 3 * 2)
     learned = counted(create_model("har_mlp", hidden=16, neuron="plif"), x)
     assert (learned.kept["inverse"], learned.kept["integer"]) == (None, None)
-    slow = counted(create_model("har_mlp", hidden=16, neuron={"name": "lif", "tau": 10.0}), x)
+    slow = counted(create_model("har_mlp", hidden=16, norm="step_bn", neuron={"name": "lif", "tau": 10.0}), x)
     assert slow.kept["inverse"] == slow.kept["replay"] + 4 * 16 * 2 * 4
     assert slow.kept["integer"] is None
+
+
+ON_GRID = {"name": "lif", "frac_bits": 16}
+
+
+@pytest.mark.parametrize(
+    ("options", "inverse", "integer"),
+    [
+        ({"norm": "step_bn"}, True, True),
+        ({"norm": "bn"}, False, False),
+        ({"norm": "tdbn", "share": "channel", "groups": 2}, False, False),
+        ({"norm": "ws", "neuron": ON_GRID}, False, True),
+        ({"norm": "ws", "neuron": {"name": "lif", "tau": 1.0}}, False, False),
+        ({"norm": "ws", "neuron": {"name": "lif", "reset": False}}, False, False),
+        ({"norm": "ws", "neuron": "plif"}, False, False),
+    ],
+)
+def test_bytes_are_those_of_strategies_that_are_not_refused(options, inverse, integer):
+    model, x = create_model("har_mlp", hidden=16, **options), torch.zeros(3, 2, 9)
+    found = counted(model, x)
+    for strategy, applies in (("replay", True), ("inverse", inverse), ("integer", integer)):
+        assert (found.kept[strategy] is not None) is applies, strategy
+        assert (found.peak[strategy] is not None) is applies, strategy
+        if strategy == "integer" and applies:
+            options = options | {"neuron": ON_GRID}
+        try:
+            create_model("har_mlp", hidden=16, **options, strategy=strategy)
+            assert applies, strategy
+        except StrategyError:
+            assert not applies, strategy
+
+
+def test_layers_of_one_membrane_that_differ_have_no_bytes_of_running_backwards():
+    model = create_model("har_mlp", hidden=16, share="layer", neuron=ON_GRID)
+    x = torch.zeros(3, 2, 9)
+    assert counted(model, x).kept["integer"] is not None
+    model.blocks[2].neuron.frac_bits = 8
+    found = counted(model, x)
+    assert (found.kept["integer"], found.peak["integer"]) == (None, None)
+    assert found.kept["replay"] is not None
 
 
 SMALL = {
@@ -255,4 +296,31 @@ def test_the_command_line_shows_them(capsys):
         "integer": "1.892",
     }
     assert set(seen["lif_backward_peak_bytes"]) == set(kept)
-    assert seen["settings"]["strategy"] == "bptt"
+    settings = {"strategy": "bptt", "share": "layer", "groups": [1], "leak": [0.25], "inverse_anchor_every": [6]}
+    assert settings | {"integer_assumes_grid": True} == {
+        k: seen["settings"][k] for k in (*settings, "integer_assumes_grid")
+    }
+
+
+def settings_of(**options):
+    options = {"hidden": 12, "norm": "step_bn", "timesteps": 3, "batch": 2} | options
+    return profile("har_mlp", **options, predict_only=True).settings
+
+
+def test_settings_say_what_the_bytes_hold_for(capsys):
+    chosen = settings_of(share="channel", groups=2, strategy="inverse:2")
+    assert (chosen["share"], chosen["groups"], chosen["leak"]) == ("channel", [2], [0.5])
+    assert (chosen["inverse_anchor_every"], chosen["integer_assumes_grid"]) == ([2], True)
+    on_grid = settings_of(neuron=ON_GRID)
+    assert (on_grid["inverse_anchor_every"], on_grid["integer_assumes_grid"]) == ([], False)
+    learned = settings_of(neuron="plif")
+    assert (learned["leak"], learned["inverse_anchor_every"], learned["integer_assumes_grid"]) == (
+        ["learned"],
+        [],
+        False,
+    )
+    with pytest.raises(SystemExit):
+        main(["profile", "har_mlp", "share=layer", "timesteps=3", "batch=2", "neuron.tau=2", "--predict-only"])
+    told = capsys.readouterr().out
+    assert "with what is rebuilt (inverse:11)" in told
+    assert "with what is rebuilt (if the neurons had frac_bits)" in told

@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 from spikefit.errors import SpikefitError, StrategyError
-from spikefit.layers import BatchNorm, GlobalAveragePool, Readout, SpikingConv2d, SpikingUnit, lean, packed
+from spikefit.layers import (
+    BatchNorm,
+    GlobalAveragePool,
+    Readout,
+    SpikingConv2d,
+    SpikingUnit,
+    lean,
+    packed,
+    stage_function,
+)
 from spikefit.models import SpikingNetwork, create_model, use_strategy
 from spikefit.neurons import LIF
 from spikefit.planning import plan, verify
@@ -128,6 +137,43 @@ def test_stale_mask_is_seen(monkeypatch):
     verdict = verify(model, x)
     assert not verdict.passed
     assert verdict.max_gradient_error > 0.001
+
+
+def rebuilt(strategy, **options):
+    """A network that shares membranes, and a sequence."""
+    torch.manual_seed(0)
+    options = {"hidden": 32, "share": "layer", "preset": "efficientlif"} | options
+    return create_model("har_mlp", **options, strategy=strategy), torch.randn(8, 4, 9)
+
+
+@pytest.mark.parametrize("strategy", ["inverse", "inverse:6", "inverse:4,0.0005"])
+def test_an_approximate_strategy_is_held_to_the_error_it_accepts(strategy):
+    verdict = verify(*rebuilt(strategy))
+    accepts = 5e-4 if "," in strategy else 1e-3
+    assert verdict.passed, str(verdict)
+    assert (verdict.approximate, verdict.accepts, verdict.tolerance) == ("inverse", accepts, accepts)
+    told = "inverse is approximate, equal to plain BPTT: largest gradient error "
+    assert str(verdict).startswith(told)
+    assert f"(allowed {accepts:.1e}, as its error of u stays below {accepts:g})." in str(verdict)
+    # its error is no rounding of an exact strategy, and a tolerance of one's own counts
+    strict = verify(*rebuilt("inverse"), tolerance=1e-6)
+    assert not strict.passed
+    assert 1e-6 < strict.max_gradient_error < 1e-3
+    assert "NOT equal" in str(strict)
+    assert verify(*rebuilt("replay")).approximate is None
+
+
+def test_a_wrong_inverse_is_seen(monkeypatch):
+    right = stage_function.undo
+
+    def without_reset(x, after, s, *rest, **options):
+        return right(x, after, torch.zeros_like(s), *rest, **options)
+
+    monkeypatch.setattr(stage_function, "undo", without_reset)
+    verdict = verify(*rebuilt("inverse"))
+    assert not verdict.passed
+    assert verdict.max_gradient_error > 0.01
+    assert str(verdict).startswith("inverse is approximate, NOT equal")
 
 
 class Noise(nn.Module):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spikefit.errors import CheckpointError, OptionError, StrategyError
-from spikefit.reporting import compare, comparison
+from spikefit.reporting import compare, comparison, table_text
 from spikefit.reporting.measure import FirstBatch
 from spikefit.training import load_recipe
 
@@ -37,6 +37,7 @@ KEYS = {
     "settings",
     "recipe",
     "environment",
+    "refused",
 }
 
 
@@ -166,6 +167,47 @@ def test_the_first_batch_is_that_of_training():
     assert losses[0] == first
     again = FirstBatch(base)
     assert torch.equal(again.x, batch.x)
+
+
+def test_a_strategy_that_is_refused_leaves_the_others_their_rows(tmp_path):
+    """Nothing runs a hard reset backwards."""
+    recipe = {**TINY, "model": {"name": "mlp", "hidden": [16]}, "train": {"epochs": 1}}
+    recipe |= {"neuron": {"v_reset": 0.0}, "norm": {"name": "step_bn"}}
+    rows = compare(recipe, ["inverse", "bptt", "integer"], out=tmp_path)
+    assert [row["strategy"] for row in rows] == ["inverse", "bptt", "integer"]
+    assert [row["refused"] is None for row in rows] == [False, True, False]
+    for row in (rows[0], rows[2]):
+        assert row["refused"].startswith("blocks.1: ")
+        assert "a hard reset erases u" in row["refused"]
+        assert row["accuracy"] is row["peak_bytes"] is row["step_seconds"] is None
+    assert rows[1].keys() >= KEYS
+    assert rows[1]["accuracy"] is not None
+    assert json.loads((tmp_path / "compare.json").read_text()) == rows
+    told = table_text(rows)
+    assert f"inverse was refused: {rows[0]['refused'][:40]}" in " ".join(told.split())
+    assert "was refused: blocks.1: " in (tmp_path / "report.html").read_text(encoding="utf-8")
+    with pytest.raises(StrategyError, match=r"no strategy could run\. blocks\.1: inverse"):
+        compare(recipe, ["inverse", "integer"])
+
+
+def test_a_strategy_that_is_refused_in_training_leaves_the_others_their_rows(monkeypatch):
+    """Membranes that grow beyond what the inverse was checked for stop its training alone."""
+    real, seen = comparison.train, []
+
+    def training(recipe, **options):
+        seen.append(recipe.strategy.name)
+        if recipe.strategy.name == "inverse":
+            raise StrategyError("blocks.0: inverse would undo up to 10 calls")
+        return real(recipe, **options)
+
+    monkeypatch.setattr(comparison, "train", training)
+    recipe = {**TINY, "model": {"name": "mlp", "hidden": [16]}, "train": {"epochs": 1}, "norm": {"name": "step_bn"}}
+    first, second = compare(recipe, ["inverse", "bptt"])
+    assert seen == ["inverse", "bptt"]
+    assert first["refused"] == "blocks.0: inverse would undo up to 10 calls"
+    assert first["step_seconds"] > 0
+    assert first["accuracy"] is None
+    assert (second["refused"], second["accuracy"] is None) == (None, False)
 
 
 @pytest.mark.parametrize(

@@ -269,7 +269,7 @@ def verify(
     pairs: Pairs = None,
     as_json: AsJson = False,
 ) -> None:
-    """Proof that a strategy is exact: spikefit verify vgg9 strategy=lean:spikes timesteps=4 batch=2 image=3x32x32."""
+    """Proof that a strategy is as exact as it says: spikefit verify vgg9 strategy=lean:spikes timesteps=4 batch=2."""
     from spikefit.cli.targets import verify_target
 
     verdict = verify_target(target, read_pairs(pairs))
@@ -360,13 +360,14 @@ def study(
 def list_(
     what: Annotated[str | None, typer.Argument(help="models, strategies, neurons, norms, ...")] = None,
     model: Annotated[str | None, typer.Argument(help="with strategies: which apply to this model")] = None,
+    pairs: Pairs = None,
     as_json: AsJson = False,
 ) -> None:
-    """What there is: spikefit list models, spikefit list strategies vgg9."""
+    """What there is: spikefit list models, spikefit list strategies vgg9 share=channel groups=2."""
     from spikefit.cli.lists import listing
     from spikefit.cli.show import show_rows
 
-    rows = listing(what, model)
+    rows = listing(what, model, read_pairs(pairs))
     if as_json:
         return print_json(rows)
     show_rows(rows)

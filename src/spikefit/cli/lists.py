@@ -10,8 +10,13 @@ from spikefit.errors import OptionError
 Row = dict[str, Any]
 
 
-def listing(what: str | None, model: str | None) -> list[Row]:
+def listing(what: str | None, model: str | None, changes: dict[str, str] | None = None) -> list[Row]:
     """Rows of one kind of thing; without a kind, what can be listed.
+
+    Args:
+        what: a key of `KINDS`.
+        model: for strategies, the model that they are asked to apply to, or a recipe.
+        changes: settings of the model, with the keys of a recipe.
 
     Raises:
         OptionError: an unknown kind; near ones are listed.
@@ -25,7 +30,7 @@ def listing(what: str | None, model: str | None) -> list[Row]:
     if model is not None and what != "strategies":
         raise OptionError(f"list: only 'list strategies' takes a model, got {model!r} behind {what!r}.")
     if model is not None:
-        return _strategies_for(model)
+        return _strategies_for(model, changes or {})
     return KINDS[what][1]()
 
 
@@ -51,7 +56,7 @@ def _strategies() -> list[Row]:
     ]
 
 
-def _strategies_for(model: str) -> list[Row]:
+def _strategies_for(model: str, changes: dict[str, str]) -> list[Row]:
     """Every strategy with yes, or no and why, for one model."""
     from spikefit.cli.targets import read_recipe
     from spikefit.engines import STRATEGIES
@@ -59,7 +64,7 @@ def _strategies_for(model: str) -> list[Row]:
     from spikefit.models import use_strategy
     from spikefit.training import build_model
 
-    network, rows = build_model(read_recipe(model, {})), []
+    network, rows = build_model(read_recipe(model, changes)), []
     for name, kind in STRATEGIES.items():
         try:
             use_strategy(network, name)

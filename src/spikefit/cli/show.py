@@ -123,16 +123,24 @@ def _membrane_rows(result: dict[str, Any]) -> list[list[str]]:
     """What the neurons alone hold, in forward and under every strategy."""
     if result["lif_forward_bytes"] is None:
         return []
+    settings = result["settings"]
     rows = [["membranes in forward", f"{result['lif_forward_bytes'] / MIB:.2f} MiB"]]
     for name, kept in result["lif_backward_kept_bytes"].items():
         peak = result["lif_backward_peak_bytes"][name]
         text = (
             "does not apply"
             if kept is None
-            else f"{kept / MIB:.2f} MiB kept, {peak / MIB:.2f} MiB with what is rebuilt"
+            else f"{kept / MIB:.2f} MiB kept, {peak / MIB:.2f} MiB with what is rebuilt{_assumed(name, settings)}"
         )
         rows.append([f"neurons for backward, {name}", text])
     return rows
+
+
+def _assumed(strategy: str, settings: dict[str, Any]) -> str:
+    """What the bytes of a strategy hold for, where that is a choice."""
+    if strategy == "inverse" and settings["inverse_anchor_every"]:
+        return f" (inverse:{' or '.join(map(str, settings['inverse_anchor_every']))})"
+    return " (if the neurons had frac_bits)" if strategy == "integer" and settings["integer_assumes_grid"] else ""
 
 
 def _or(value: Any, form: Any) -> str:

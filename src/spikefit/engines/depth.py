@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from spikefit.errors import StrategyError
 from spikefit.layers import SpikingUnit, frozen_statistics
 from spikefit.layers.chain import State, run_blocks
+from spikefit.layers.shared import SharedStage
 from spikefit.ops.dispatch import resolve, use_backend
 
 KEEP_OPTIONS = ("auto", "input", "spikes")
@@ -24,12 +25,31 @@ CHEAP_MACS = 100
 SAME = 1e-6
 
 
-def run_plain(blocks: list[nn.Module], x: Tensor, state: State, option: str | None = None) -> tuple[Tensor, State]:
-    """Run the blocks one after the other, each by itself; see `spikefit.layers.chain.run_blocks`."""
-    return run_blocks(blocks, x, state)
+def run_plain(
+    blocks: list[Any], x: Tensor, state: State, option: str | None = None, first: int = 0
+) -> tuple[Tensor, State]:
+    """Run blocks, and stages of them, one after the other, each by itself; see `spikefit.layers.chain.run_blocks`.
+
+    `first` is the number of the first block in its network, for messages.
+    """
+    return run_blocks(blocks, x, state, names_of(blocks, first))
 
 
-def run_checkpointed(blocks: list[nn.Module], x: Tensor, state: State, option: str | None) -> tuple[Tensor, State]:
+def names_of(blocks: Iterable[Any], first: int = 0) -> list[str]:
+    """How messages call the blocks; a stage names its layers itself."""
+    names = []
+    for block in blocks:
+        names.append("" if isinstance(block, SharedStage) else f"blocks.{first}")
+        first += _count(block)
+    return names
+
+
+def _count(block: Any) -> int:
+    """Number of blocks of the network that it stands for."""
+    return block.count if isinstance(block, SharedStage) else 1
+
+
+def run_checkpointed(blocks: list[Any], x: Tensor, state: State, option: str | None) -> tuple[Tensor, State]:
     """As `run_plain`, but keep only the input of every run of blocks; backward runs it again.
 
     The second pass repeats autocast and random numbers of the first and leaves running statistics alone, so output,
@@ -44,7 +64,8 @@ def run_checkpointed(blocks: list[nn.Module], x: Tensor, state: State, option: s
     after: list[Any] = []
     for i in range(0, len(blocks), length):
         run = slice(i, i + length)
-        own = [b for b in blocks[run] if not _repeats_itself(b)]
+        modules = _modules(blocks[run])
+        own = [m for m in modules if not _repeats_itself(m)]
         # a repetition that stops early would not reach the output of the last block
         with set_checkpoint_early_stop(not own):
             x, s = checkpoint(
@@ -52,11 +73,18 @@ def run_checkpointed(blocks: list[nn.Module], x: Tensor, state: State, option: s
                 blocks[run],
                 x,
                 state[run],
+                None,
+                sum(map(_count, blocks[:i])),
                 use_reentrant=False,
-                context_fn=partial(_contexts, blocks[run], own, backend),
+                context_fn=partial(_contexts, modules, own, backend),
             )
         after.extend(s)
     return x, tuple(after)
+
+
+def _modules(blocks: list[Any]) -> list[nn.Module]:
+    """The modules that blocks and stages run, in order."""
+    return [m for block in blocks for m in (block.units if isinstance(block, SharedStage) else [block])]
 
 
 def _repeats_itself(block: nn.Module) -> bool:

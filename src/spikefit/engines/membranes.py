@@ -8,7 +8,7 @@ from torch import Tensor
 from spikefit.errors import StrategyError
 from spikefit.layers import ResidualBlock, SpikingUnit
 from spikefit.layers.packed import Spikes, dense
-from spikefit.layers.rebuild import TOLERANCE, Rebuild
+from spikefit.layers.rebuild import TOLERANCE, Rebuild, neuron_of
 from spikefit.layers.shared import SharedStage
 
 State = tuple[Any, ...]
@@ -19,8 +19,8 @@ def stages_of(chain: list[Any]) -> list[Any]:
     made, number = [], 0
     for block in chain:
         firing = isinstance(block, SpikingUnit | ResidualBlock) and block.spiking_layers()
-        made.append(SharedStage([block], name=f"blocks.{number}", one_membrane=False) if firing else block)
-        number += block.blocks if isinstance(block, SharedStage) else 1
+        made.append(SharedStage([block], first=number, one_membrane=False) if firing else block)
+        number += block.count if isinstance(block, SharedStage) else 1
     return made
 
 
@@ -105,10 +105,10 @@ def check_rebuilt(chain: list[Any], rebuild: Rebuild) -> None:
 def check_unshared(chain: list[Any]) -> None:
     """Raise StrategyError if a membrane is shared, which lean units cannot rebuild."""
     for block in stages_of(chain):
-        if isinstance(block, SharedStage):
-            groups = max((layer.unit.neuron.groups for layer in block.layers if layer.unit.neuron), default=1)
-            if groups > 1 or (block.one_membrane and len(block.layers) > 1):
-                raise StrategyError(
-                    f"strategy lean: the layers of {block.name} share a membrane, which a lean unit cannot rebuild; "
-                    "use strategy='replay', which keeps the bits of spikes alone as well."
-                )
+        if not isinstance(block, SharedStage):
+            continue
+        if block.one_membrane or any(neuron_of(layer).groups > 1 for layer in block.layers):
+            raise StrategyError(
+                f"strategy lean: the layers of {block.name} share a membrane, which a lean unit cannot rebuild; use "
+                "strategy='replay', which keeps the bits of spikes alone as well."
+            )

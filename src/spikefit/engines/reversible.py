@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from spikefit.errors import StrategyError
+from spikefit.engines.depth import names_of
+from spikefit.errors import StrategyError, named
 from spikefit.layers.chain import State, run_blocks
 from spikefit.layers.reversible_function import check_grid, run_reversible
 from spikefit.layers.two_streams import TwoStreams
@@ -16,11 +17,12 @@ CHECKS = ("check", "off")
 def run_reversed(chain: list[Any], x: Tensor, state: State, option: str | None) -> tuple[Tensor, State]:
     """Run the chain; runs of blocks of two streams keep their last streams, the rest is as usual."""
     after: list[Any] = []
-    for block, before in zip(chain, state, strict=True):
+    for block, before, name in zip(chain, state, names_of(chain), strict=True):
         if isinstance(block, TwoStreams):
-            x, s = run_reversible(block, x, before, check=option != "off")
+            with named(name):
+                x, s = run_reversible(block, x, before, check=option != "off")
         else:
-            x, (s,) = run_blocks([block], x, (before,))
+            x, (s,) = run_blocks([block], x, (before,), [name])
         after.append(s)
     return x, tuple(after)
 

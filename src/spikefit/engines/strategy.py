@@ -30,6 +30,7 @@ class StrategyKind:
         check: raises StrategyError for an option that makes no sense.
         keep: what a unit keeps under the strategy, for (unit, option); one of `layers.KEEPS`.
         check_chain: raises StrategyError for (chain, option) that the strategy cannot run, naming the layer.
+        accepts: the error of a rebuilt u up to which a strategy that is not exact runs, for its option.
     """
 
     summary: str
@@ -38,6 +39,7 @@ class StrategyKind:
     check: Callable[[str | None], None]
     keep: Callable[[SpikingUnit, str | None], str] = lambda unit, option: "all"
     check_chain: Callable[[Chain, str | None], None] = lambda chain, option: None
+    accepts: Callable[[str | None], float] = lambda option: 0.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,11 @@ class Strategy:
     def exact(self) -> bool:
         """Whether the gradient equals that of plain BPTT."""
         return STRATEGIES[self.name].exact
+
+    @property
+    def accepts(self) -> float:
+        """The error of a rebuilt u up to which it runs; 0 if it is exact."""
+        return STRATEGIES[self.name].accepts(self.option)
 
     @property
     def by_unit(self) -> bool:
@@ -115,6 +122,7 @@ STRATEGIES: dict[str, StrategyKind] = {
         membranes.run_inverse,
         membranes.check_inverse,
         check_chain=lambda chain, option: membranes.check_rebuilt(chain, membranes.read_inverse(option)),
+        accepts=lambda option: membranes.read_inverse(option).tolerance,
     ),
     "integer": StrategyKind(
         "invert it to the bit: keep spikes and the digits that a call loses, for neurons on a grid (frac_bits)",

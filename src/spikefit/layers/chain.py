@@ -1,18 +1,22 @@
 """Blocks one after the other, as one block."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spikefit.errors import OptionError, StateError
+from spikefit.errors import OptionError, StateError, named
 from spikefit.layers.packed import Spikes, dense
 
 State = tuple[Any, ...]
 
 
-def run_blocks(blocks: Iterable[Any], x: Spikes, state: State) -> tuple[Tensor, State]:
+def run_blocks(
+    blocks: Iterable[Any], x: Spikes, state: State, names: Iterable[str] = repeat("")
+) -> tuple[Tensor, State]:
     """Run blocks one after the other; each keeps for backward what autograd or its own `keep` says.
 
     Blocks with `takes_packed` hand each other packed spikes where they have them; the others get dense tensors.
@@ -21,15 +25,17 @@ def run_blocks(blocks: Iterable[Any], x: Spikes, state: State) -> tuple[Tensor, 
         blocks: modules (sequence, state) -> (sequence, state).
         x: [T, B, ...].
         state: one entry per block; None starts that block from zero.
+        names: how messages call the blocks; "" for those that name themselves.
 
     Returns:
         (output of the last block, state after the last step).
     """
     after = []
     value: Spikes = x
-    for block, before in zip(blocks, state, strict=True):
+    for (block, before), name in zip(zip(blocks, state, strict=True), names, strict=False):
         takes_packed = getattr(block, "takes_packed", False)
-        value, s = block(value, before, packed=True) if takes_packed else block(dense(value), before)
+        with named(name) if name else nullcontext():
+            value, s = block(value, before, packed=True) if takes_packed else block(dense(value), before)
         after.append(s)
     return dense(value), tuple(after)
 

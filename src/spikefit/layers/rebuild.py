@@ -14,8 +14,10 @@ from spikefit.ops.packbits.op import BITS
 
 # How backward gets a membrane back from the spikes.
 REBUILDS: tuple[str, ...] = ("replay", "inverse", "integer")
-# Largest |u| that is assumed before one is seen, in the unit of the threshold.
+# Largest |u| that is assumed before one is seen; a number as it is, like the tolerance, whatever the threshold.
 ASSUMED_RANGE = 8.0
+# Calls beyond which anchors are as good as none.
+FARTHEST = 1 << 20
 # Largest error of a rebuilt u that the inverse accepts, if nothing else is said.
 TOLERANCE = 1e-3
 
@@ -60,16 +62,12 @@ def inverse_error(undone: int, leak: float, largest: float, dtype: torch.dtype) 
 
 def safe_anchor_every(leak: float, largest: float, dtype: torch.dtype, tolerance: float = TOLERANCE) -> int:
     """The largest distance of anchors at which the bound of the inverse stays below `tolerance`; at least 1."""
-    if not 0 < leak <= 1:
+    if not 0 < leak <= 1 or not 0 < largest < math.inf:
         return 1
-    # a loop of doubling would do as well; distances beyond a million calls are as good as none
-    low, high = 1, 1 << 20
-    while low < high:
-        middle = (low + high + 1) // 2
-        exponent = -(middle - 1) * math.log(leak)
-        fits = exponent < 700 and inverse_error(middle - 1, leak, largest, dtype) <= tolerance
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return low
+    # E(j) = tolerance, solved for j
+    calls = tolerance / (torch.finfo(dtype).eps / 2 * largest)
+    undone = calls if leak == 1 else math.log1p(calls * (1 - leak)) / -math.log(leak)
+    return 1 + int(min(undone, FARTHEST))
 
 
 def neuron_of(layer: Layer) -> SpikingNeuron:
@@ -83,8 +81,11 @@ def digits_of(neuron: SpikingNeuron) -> tuple[int, int]:
     return shift, next((bits for bits in BITS if bits >= shift), 0)
 
 
-def check_rebuild(who: str, layer: Layer, rebuild: Rebuild) -> None:
-    """Raise StrategyError unless backward can rebuild the membrane of `layer`, which messages call `who`."""
+def check_rebuild(who: str, layer: Layer, rebuild: Rebuild, *, any_grid: bool = False) -> None:
+    """Raise StrategyError unless backward can rebuild the membrane of `layer`, which messages call `who`.
+
+    With `any_grid`, "integer" takes a grid for granted where the neuron has none.
+    """
     neuron, name = neuron_of(layer), rebuild.name
     if type(neuron).forward is not SpikingNeuron.forward:
         raise StrategyError(
@@ -101,15 +102,21 @@ def check_rebuild(who: str, layer: Layer, rebuild: Rebuild) -> None:
         )
     if not neuron.reset or neuron.v_reset is not None:
         raise StrategyError(
-            f"{who}: {name} undoes a soft reset, and a hard reset erases u where a neuron fired; use v_reset='soft', "
-            "or strategy='replay'."
+            f"{who}: {name} undoes a soft reset, and a hard reset erases u where a neuron fired; use v_reset='soft' "
+            "(None in Python), or strategy='replay'."
+        )
+    leak = neuron.coefficients()[0]
+    if isinstance(leak, Tensor):
+        raise StrategyError(
+            f"{who}: {name} needs a leak that stays as it is, and this neuron learns it; use strategy='replay', or "
+            "neuron 'lif'."
         )
     if name == "integer" and neuron.frac_bits is not None and digits_of(neuron)[1] == 0:
         raise StrategyError(
             f"{who}: integer keeps the digits that a call loses in a byte at most, so leak >= 1/256, got "
             f"{float(neuron.coefficients()[0]):g}; use strategy='replay'."
         )
-    if name == "integer" and neuron.frac_bits is None:
+    if name == "integer" and neuron.frac_bits is None and not any_grid:
         raise StrategyError(
             f"{who}: integer runs whole numbers backwards, and this membrane is floating point; give the neuron a "
             "grid, frac_bits=16 (leak 1/2, 1/4, ...), or use strategy='replay'."
@@ -120,12 +127,6 @@ def check_rebuild(who: str, layer: Layer, rebuild: Rebuild) -> None:
             "use strategy='integer', which keeps them."
         )
     if name == "inverse":
-        leak = neuron.coefficients()[0]
-        if isinstance(leak, Tensor):
-            raise StrategyError(
-                f"{who}: inverse is safe up to a distance that depends on the leak, and this neuron learns it; use "
-                "strategy='replay', or neuron 'lif'."
-            )
         dtype = layer.unit.synapse.weight.dtype
         if dtype not in (torch.float32, torch.float64):
             raise StrategyError(
@@ -142,7 +143,8 @@ def check_bound(who: str, leak: float, rebuild: Rebuild, largest: float, dtype: 
         )
     undone = rebuild.distance(leak, dtype) - 1
     error = math.inf if -undone * math.log(leak) > 700 else inverse_error(undone, leak, largest, dtype)
-    if error > rebuild.tolerance:
+    # a NaN is no safe number either
+    if not error <= rebuild.tolerance:
         raise StrategyError(
             f"{who}: inverse would undo up to {undone} calls at leak={leak:g}, where |u| up to {largest:.3g} leaves an "
             f"error of up to {error:.2g} in u, above the {rebuild.tolerance:g} accepted; the largest safe anchor_every "

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from spikefit.errors import OptionError, StateError
+from spikefit.errors import OptionError, StateError, StrategyError, named
 from spikefit.layers.packed import Spikes, dense, packed_or_dense, pooled_space
 from spikefit.layers.rebuild import Rebuild, check_rebuild, neuron_of
 from spikefit.layers.stage_function import Flow, run_rebuilt
@@ -25,6 +25,8 @@ from spikefit.layers.unit import Layer, SpikingUnit
 # Neurons times steps that backward rebuilds together where layers have membranes of their own.
 PIECE = 1 << 20
 SHARES: tuple[str, ...] = ("none", "layer", "channel", "layer_channel")
+# The end of every message about groups.
+TAKES = "share='channel' and 'layer_channel' take groups=2 or more, 'none' and 'layer' take 1."
 
 
 class SharedStage:
@@ -32,7 +34,8 @@ class SharedStage:
 
     Args:
         blocks: the blocks of the stage, each with `spiking_layers()`.
-        name: how messages call the stage, "blocks.1-3".
+        first: number of the first of them in its network; messages call the stage "blocks.1-3", a layer
+            "blocks.2.first".
         one_membrane: all layers use one membrane, so the stage runs step by step; False leaves each layer its own.
 
     Shapes:
@@ -43,13 +46,14 @@ class SharedStage:
     takes_packed = True
     consumes_time = False
 
-    def __init__(self, blocks: Sequence[nn.Module], *, name: str = "stage", one_membrane: bool = True) -> None:
-        self.name, self.blocks = name, len(blocks)
+    def __init__(self, blocks: Sequence[nn.Module], *, first: int = 0, one_membrane: bool = True) -> None:
+        self.count, last = len(blocks), first + len(blocks) - 1
+        self.name = f"blocks.{first}" if last == first else f"blocks.{first}-{last}"
         self.layers: list[Layer] = []
         self.names: list[str] = []
-        for block in blocks:
+        for number, block in enumerate(blocks, first):
             offset = len(self.layers)
-            paths = {m: path for path, m in block.named_modules()}
+            paths = {m: path for path, m in block.named_modules(prefix=f"blocks.{number}")}
             for layer in cast(Any, block).spiking_layers():
                 shortcut = None if layer.shortcut is None else layer.shortcut + offset
                 self.layers.append(layer._replace(source=layer.source + offset, shortcut=shortcut))
@@ -61,6 +65,11 @@ class SharedStage:
     def membranes(self) -> list[int]:
         """Which membrane each layer uses."""
         return [0 if self.one_membrane else i for i in range(len(self.layers))]
+
+    @property
+    def units(self) -> list[SpikingUnit]:
+        """The modules that the stage runs, those of shortcuts included."""
+        return [u for layer in self.layers for u in (layer.unit, layer.short) if u is not None]
 
     def __call__(
         self, x: Spikes, state: Any = None, *, packed: bool = False, rebuild: Rebuild | None = None
@@ -97,6 +106,12 @@ class SharedStage:
                 f"{self.name}: expected a state of {count} membranes, got {len(found)}. Pass what the last call "
                 "returned, or None to start from zero."
             )
+        for v in found:
+            if v is not None and not isinstance(v, Tensor):
+                raise StateError(
+                    f"{self.name}: expected a membrane as a tensor, got {type(v).__name__}. Pass what the last call "
+                    "returned, or None to start from zero."
+                )
         return found
 
     def _run(self, x: Tensor, v: list[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
@@ -104,11 +119,12 @@ class SharedStage:
         outs: list[Tensor] = []
         for first, last in self.pieces(x.shape[0]):
             values = [x[first:last]]
-            for layer, membrane in zip(self.layers, self.membranes, strict=True):
+            for name, layer, membrane in zip(self.names, self.layers, self.membranes, strict=True):
                 shortcut = None if layer.shortcut is None else values[layer.shortcut]
                 if shortcut is not None and layer.short is not None:
                     shortcut = layer.short(shortcut)[0]
-                out, v[membrane] = layer.unit(values[layer.source], v[membrane], shortcut=shortcut)
+                with named(name):
+                    out, v[membrane] = layer.unit(values[layer.source], v[membrane], shortcut=shortcut)
                 values.append(out)
             outs.append(values[-1])
         return outs[0] if len(outs) == 1 else torch.cat(outs), v
@@ -128,8 +144,7 @@ class SharedStage:
 
     def _runs_in_pieces(self) -> bool:
         """Whether no norm and no weight needs the whole sequence."""
-        units = [u for layer in self.layers for u in (layer.unit, layer.short) if u is not None]
-        return not any(u.consumes_time or getattr(u.norm, "time_scope", "none") == "sequence" for u in units)
+        return not any(u.consumes_time or getattr(u.norm, "time_scope", "none") == "sequence" for u in self.units)
 
     def _largest(self, x: Spikes) -> int:
         """Neurons of all samples in the largest layer."""
@@ -150,9 +165,7 @@ class SharedStage:
             pooled = pooled_space(membrane[1:], layer.unit.pool or "")
             values.append((membrane[0], *pooled))
         if self.one_membrane and len(set(found)) > 1:
-            listed = ", ".join(
-                f"{n or 'itself'} {'x'.join(map(str, s))}" for n, s in zip(self.names, found, strict=True)
-            )
+            listed = ", ".join(f"{n} {'x'.join(map(str, s))}" for n, s in zip(self.names, found, strict=True))
             raise OptionError(
                 f"{self.name}: layers that share one membrane need currents of one shape, got {listed}. Use "
                 "share='channel', or split the stage."
@@ -171,15 +184,40 @@ class SharedStage:
         out = (shapes[-1][0], *pooled_space(shapes[-1][1:], self.layers[-1].unit.pool or ""))
         return state[0] if self.one_membrane or len(state) == 1 else tuple(state), out
 
-    def check(self, rebuild: Rebuild) -> None:
-        """Raise StrategyError unless backward can rebuild the membranes of this stage so."""
+    def check(self, rebuild: Rebuild, *, any_grid: bool = False) -> None:
+        """Raise StrategyError unless backward can rebuild the membranes of this stage so.
+
+        Args:
+            rebuild: how.
+            any_grid: for "integer", take a grid for granted where a neuron has none.
+        """
         for name, layer in zip(self.names, self.layers, strict=True):
-            check_rebuild(f"{self.name} layer {name}" if name else self.name, layer, rebuild)
+            check_rebuild(name, layer, rebuild, any_grid=any_grid)
+        if rebuild.name != "replay":
+            self._check_alike(rebuild.name)
+
+    def _check_alike(self, strategy: str) -> None:
+        """Raise StrategyError where layers of one membrane differ in leak or grid, by which its calls are undone."""
+        first: dict[int, int] = {}
+        for i, membrane in enumerate(self.membranes):
+            a, b = first.setdefault(membrane, i), i
+            kinds = [(float(n.coefficients()[0]), n.frac_bits) for n in (neuron_of(self.layers[k]) for k in (a, b))]
+            if kinds[0] != kinds[1]:
+                told = " and ".join(f"leak={leak:g}, frac_bits={bits}" for leak, bits in kinds)
+                raise StrategyError(
+                    f"{self.names[a]} and {self.names[b]}: {strategy} undoes the calls of one membrane by one leak on "
+                    f"one grid, got {told}; give both layers the same, split the stage, or use strategy='replay'."
+                )
+
+
+def shares_layers(share: str) -> bool:
+    """Whether layers of a stage use one membrane."""
+    return share in ("layer", "layer_channel")
 
 
 def default_norm(share: str) -> str:
     """The norm of a model that names none: layers that share a membrane run step by step, and so do their norms."""
-    return "step_bn" if share in ("layer", "layer_channel") else "bn"
+    return "step_bn" if shares_layers(share) else "bn"
 
 
 def check_groups(who: str, unit: SpikingUnit, groups: int) -> None:
@@ -189,23 +227,26 @@ def check_groups(who: str, unit: SpikingUnit, groups: int) -> None:
             f"{who}: the two groups of {type(unit.neuron).__name__} drive each other, so its membrane cannot be used "
             "in turn; use share='none', or another neuron."
         )
-    channels = int(unit.synapse.weight.shape[0])
-    if channels % groups:
-        divisors = ", ".join(str(n) for n in range(2, channels + 1) if channels % n == 0)
+    if unit.synapse.weight.shape[0] % groups:
         raise OptionError(
-            f"{who}: its {channels} channels cannot be divided into groups={groups}; expected a divisor of them "
-            f"({divisors or 'there is none'}), the same for all layers. Take another one, or another width."
+            f"{who}: its {_channels(unit)} cannot be divided into groups={groups}; expected such a divisor, the same "
+            f"for all layers. Take another one, or another width. {TAKES}"
         )
 
 
-def check_share(who: str, share: str, groups: int) -> None:
-    """Raise OptionError unless `share` is known and `groups` fits it."""
+def _channels(unit: SpikingUnit) -> str:
+    """Its channels, and the numbers of groups that they can be divided into."""
+    channels = int(unit.synapse.weight.shape[0])
+    divisors = ", ".join(str(n) for n in range(2, channels + 1) if channels % n == 0)
+    return f"{channels} channels (divisors: {divisors or 'there is none'})"
+
+
+def check_share(who: str, share: str, groups: int, layers: dict[str, SpikingUnit]) -> None:
+    """Raise OptionError unless `share` is known and `groups` fits it; the message tells the first of `layers`."""
     if share not in SHARES:
         raise OptionError(f"{who}: share must be one of {', '.join(SHARES)}, got {share!r}.")
     by_channel = share in ("channel", "layer_channel")
     if isinstance(groups, bool) or not isinstance(groups, int) or (groups < 2 if by_channel else groups != 1):
         wanted = "2 or more, a divisor of every layer's channels" if by_channel else "1"
-        raise OptionError(
-            f"{who}: share={share!r} takes groups={wanted}, got {groups!r}. share='channel' and 'layer_channel' divide "
-            "channels into groups, 'none' and 'layer' do not."
-        )
+        first = "".join(f"; {name} has {_channels(unit)}" for name, unit in list(layers.items())[:1])
+        raise OptionError(f"{who}: share={share!r} takes groups={wanted}, got {groups!r}{first}. {TAKES}")

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from spikefit.errors import StrategyError
+from spikefit.errors import StrategyError, named
 from spikefit.layers.branch import filled, template_of, tensors_of
 from spikefit.layers.norm import BatchNorm, frozen_statistics
 from spikefit.layers.packed import PackedSpikes, Spikes, pooled_space
@@ -195,7 +195,8 @@ class _Forward:
                 _watcher.get().entered(layer.unit, "forward")
                 shortcut = None if layer.shortcut is None else values[layer.shortcut]
                 current = functional_call(self.call.cells[i], self.tensors[i], (values[layer.source], shortcut))
-                spikes = self._fire(i, current)
+                with named(self.flow.names[i]):
+                    spikes = self._fire(i, current)
                 rows[i].append(_in_bits(spikes))
                 values.append(pool_spikes(spikes, layer.unit.pool))
                 _watcher.get().fired(layer.unit, values[-1])
@@ -239,10 +240,9 @@ class _Forward:
         for i, (name, layer) in enumerate(zip(self.flow.names, self.flow.layers, strict=True)):
             seen = self.largest[self.flow.membranes[i]]
             if not isinstance(seen[0], FakeTensor):
-                who = f"{self.flow.name} layer {name}" if name else self.flow.name
                 dtype = cast(Tensor, self.v[self.flow.membranes[i]]).dtype
                 leak = float(neuron_of(layer).coefficients()[0])
-                check_bound(who, leak, self.call.rebuild, float(torch.stack(seen).amax()), dtype)
+                check_bound(name, leak, self.call.rebuild, float(torch.stack(seen).amax()), dtype)
 
     def carrier(self, timesteps: int) -> Tensor:
         """A tensor of the shape of the result, without memory."""

@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import nn
 
+from spikefit.errors import OptionError
 from spikefit.layers import AveragePoolTime, Dropout, FlattenTime, Readout, SpikingConv1d, SpikingLinear
-from spikefit.layers.shared import default_norm
+from spikefit.layers.shared import default_norm, shares_layers
 from spikefit.models.checks import check_count, check_counts, check_input_shape
 from spikefit.models.network import SpikingNetwork
 
@@ -49,6 +50,7 @@ def har_mlp(
     options: dict[str, Any] = {"norm": norm or default_norm(share), "neuron": neuron, "chunk": chunk}
     blocks: list[nn.Module] = [SpikingLinear(a, b, **options) for a, b in pairwise(widths)]
     stages = [(0, 0)] if layers == 1 else [(0, 0), (1, layers - 1)]
+    stages = stages if shares_layers(share) else []
     blocks.append(Readout(hidden, num_classes, tau=head_tau))
     return SpikingNetwork(blocks, input_shape=(channels,), share=share, groups=groups, stages=stages)
 
@@ -85,10 +87,16 @@ def har_conv(
         SpikingNetwork, [T, B, C] -> [1, B, K]; 98,502 parameters with the defaults.
 
     Raises:
-        OptionError: input_shape is not (channels,), no width, or widths, timesteps or num_classes below 1.
+        OptionError: share other than "none" or "channel", input_shape is not (channels,), no width, or widths,
+            timesteps or num_classes below 1.
 
     Source: layout of the public SNN_HAR release (Intelligent-Computing-Lab-Yale).
     """
+    if shares_layers(share):
+        raise OptionError(
+            f"har_conv: its layers differ in shape and need whole sequences, so they cannot share a membrane, got "
+            f"share={share!r}; use share='channel', or model har_mlp."
+        )
     shape = check_input_shape("har_conv", input_shape, ("channels",))
     channels, length, blocks = shape[0], check_count("har_conv", "timesteps", timesteps), list[nn.Module]()
     for i, out in enumerate(check_counts("har_conv", "widths", widths)):

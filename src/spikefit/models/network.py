@@ -12,9 +12,10 @@ from spikefit.engines.plan import Plan
 from spikefit.engines.strategy import Strategy, parse_strategy
 from spikefit.errors import OptionError, ShapeError, StateError, StrategyError
 from spikefit.layers import SpikingUnit
-from spikefit.layers.shared import SharedStage, check_groups, check_share
+from spikefit.layers.shared import TAKES, SharedStage, check_groups, check_share, shares_layers
 from spikefit.layers.weight import check_floating
 from spikefit.models.checks import check_count
+from spikefit.neurons import SpikingNeuron
 from spikefit.ops.dtype import compute_dtype
 
 State = tuple[Any, ...]
@@ -33,13 +34,14 @@ class SpikingNetwork(nn.Module):
         share: which layers use one membrane: "none", "layer" (those of a stage, in turn), "channel" (groups of channels
             of a layer, in turn) or "layer_channel".
         groups: number of groups for the two with channels, a divisor of every layer's channels; else 1.
-        stages: for the two with layers, (first, last) numbers of the blocks of every stage; the others stand alone.
+        stages: for the two with layers alone, (first, last) numbers of the blocks of every stage; the others stand
+            alone.
         strategy: how gradients are obtained, see `use_strategy`; None for "replay" where membranes are shared, else
             "bptt".
 
     Raises:
-        OptionError: no block, a block consumes time and `timesteps` is missing, or membranes that cannot be shared as
-            asked; the layer is named.
+        OptionError: no block, a block consumes time and `timesteps` is missing, membranes that cannot be shared as
+            asked, or blocks that share otherwise in another network; the layer is named.
 
     Example:
         blocks = [SpikingConv2d(3, 32, pool="max"), GlobalAveragePool(), Readout(32, 10)]
@@ -80,28 +82,34 @@ class SpikingNetwork(nn.Module):
         """What runs one after the other: the blocks, and stages in the place of those that share a membrane."""
         made: list[Any] = list(self.blocks)
         for first, last in reversed(self.stages):
-            name = f"blocks.{first}" if first == last else f"blocks.{first}-{last}"
-            made[first : last + 1] = [SharedStage(made[first : last + 1], name=name)]
+            made[first : last + 1] = [SharedStage(made[first : last + 1], first=first)]
         return made
 
     def _share(self, share: str, groups: int, stages: list[tuple[int, int]]) -> None:
         """Let layers and groups of channels use one membrane, and check that they can."""
-        who = type(self).__name__
-        check_share(who, share, groups)
-        self.share, self.groups = share, groups
-        stages = self._read_stages(stages)
-        self.stages = stages if share in ("layer", "layer_channel") else []
-        if share == "none":
-            return
-        if share != "channel" and not stages:
+        who, layers = type(self).__name__, self._firing()
+        check_share(who, share, groups, layers)
+        if shares_layers(share) and not stages:
             raise OptionError(
                 f"{who}: share={share!r} needs stages of layers of one shape, and there are none here; use "
                 "share='channel', or give stages=[(first, last), ...]."
             )
-        for name, unit in self.named_modules():
-            if isinstance(unit, SpikingUnit) and unit.neuron is not None:
+        if stages and not shares_layers(share):
+            raise OptionError(
+                f"{who}: stages are those of share='layer' and 'layer_channel', got stages={stages} with "
+                f"share={share!r}; leave them out, or choose one of the two."
+            )
+        self.share, self.groups, self.stages = share, groups, self._read_stages(stages)
+        for name, unit in layers.items():
+            found = cast(SpikingNeuron, unit.neuron).groups
+            if found not in (1, groups):
+                raise OptionError(
+                    f"{who}: expected a layer without groups, as this network has groups={groups}, got {name} with "
+                    f"groups={found}, which another network may use; build new blocks, or take those of "
+                    f"copy.deepcopy with neuron.groups = 1. {TAKES}"
+                )
+            if share != "none":
                 check_groups(name, unit, groups)
-                unit.neuron.groups = groups
         if self.stages and self.sequence_norms():
             raise OptionError(
                 f"{who}: share={share!r} runs step by step, and {self.sequence_norms()[0]} normalises over the whole "
@@ -114,6 +122,23 @@ class SpikingNetwork(nn.Module):
             )
         if self.stages:
             self.init_state(1, device="meta")  # complains about stages whose layers differ in shape
+        for unit in layers.values():
+            cast(SpikingNeuron, unit.neuron).groups = groups
+
+    def _firing(self) -> dict[str, SpikingUnit]:
+        """The units with neurons by name."""
+        return {n: m for n, m in self.named_modules() if isinstance(m, SpikingUnit) and m.neuron is not None}
+
+    def _check_groups(self) -> None:
+        """Raise OptionError if another network was made of the same blocks since, with other groups."""
+        for name, unit in self._firing().items():
+            found = cast(SpikingNeuron, unit.neuron).groups
+            if found != self.groups:
+                raise OptionError(
+                    f"{type(self).__name__}: it was made with groups={self.groups}, and {name} now has groups={found}, "
+                    "because another network was made of the same blocks; build that one of new blocks, or of "
+                    "copy.deepcopy(blocks)."
+                )
 
     def _read_stages(self, stages: list[Any]) -> list[tuple[int, int]]:
         """The stages in order; OptionError unless they are runs of blocks with neurons that do not overlap."""
@@ -270,6 +295,7 @@ class SpikingNetwork(nn.Module):
         if x.shape[0] == 0 or x.shape[1] == 0:
             raise ShapeError(f"{who}: expected at least one time step and one sample, got x of shape {tuple(x.shape)}.")
         check_floating(who, x)
+        self._check_groups()
         if x.shape[2:] != shape and self.timesteps is None and all(hasattr(b, "init_state") for b in self.blocks):
             # other sides than it was made for: torch would fail inside, or a pool leave nothing
             self.init_state(1, tuple(x.shape[2:]), device="meta")

@@ -6,7 +6,7 @@ from torch import nn
 
 from spikefit.errors import OptionError
 from spikefit.layers import GlobalAveragePool, Readout, ResidualBlock, SpikingConv2d
-from spikefit.layers.shared import default_norm
+from spikefit.layers.shared import default_norm, shares_layers
 from spikefit.models.checks import check_input_shape, check_width
 from spikefit.models.network import SpikingNetwork
 
@@ -64,5 +64,6 @@ def resnet19(
         for i in range(count):
             blocks.append(ResidualBlock(channels, out, stride=2 if i == 0 else 1, **options))
             channels = out
+    stages = stages if shares_layers(share) else []
     blocks += [GlobalAveragePool(), Readout(channels, num_classes, tau=head_tau)]
     return SpikingNetwork(blocks, input_shape=shape, share=share, groups=groups, stages=stages)

@@ -50,17 +50,18 @@ class Preset:
     summary: str
 
 
+_EFFICIENTLIF = {
+    "name": "lif",
+    "tau": 4 / 3,
+    "decay_input": True,
+    "v_threshold": 1.0,
+    "v_reset": "soft",
+    "detach_reset": True,
+    "surrogate": "atan(2)",
+}
 PRESETS: dict[str, Preset] = {
     "efficientlif": Preset(
-        {
-            "name": "lif",
-            "tau": 4 / 3,
-            "decay_input": True,
-            "v_threshold": 1.0,
-            "v_reset": "soft",
-            "detach_reset": True,
-            "surrogate": "atan(2)",
-        },
+        _EFFICIENTLIF,
         "step_bn",
         "leak 0.25, gain 0.75, batch norm per step: release of EfficientLIF-Net (Kim et al. 2023, arXiv:2305.18360)",
     ),
@@ -81,6 +82,11 @@ PRESETS: dict[str, Preset] = {
         },
         "bn",
         "tau 2, hard reset, sigmoid surrogate: RevSFormer on CIFAR (Zhang and Zhang 2024, arXiv:2312.07922)",
+    ),
+    "efficientlif_gain1": Preset(
+        {**_EFFICIENTLIF, "decay_input": False},
+        "step_bn",
+        "efficientlif with gain 1: the input is not divided by tau",
     ),
 }
 

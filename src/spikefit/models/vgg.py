@@ -6,7 +6,7 @@ from torch import nn
 
 from spikefit.errors import OptionError
 from spikefit.layers import Flatten, GlobalAveragePool, Readout, SpikingConv2d, SpikingLinear
-from spikefit.layers.shared import default_norm
+from spikefit.layers.shared import default_norm, shares_layers
 from spikefit.models.checks import check_input_shape, check_width
 from spikefit.models.network import SpikingNetwork
 
@@ -76,7 +76,7 @@ def vgg(
         raise OptionError(
             f"{plan}: {pools} pools need images of at least {2**pools} pixels a side, got {height}x{side}."
         )
-    if merge_first and share not in ("layer", "layer_channel"):
+    if merge_first and not shares_layers(share):
         raise OptionError(f"{plan}: merge_first joins stages of share='layer' or 'layer_channel', got share={share!r}.")
     options: dict[str, Any] = {"norm": norm or default_norm(share), "neuron": neuron, "chunk": chunk}
     blocks: list[nn.Module] = []
@@ -101,6 +101,7 @@ def vgg(
     else:
         blocks.append(GlobalAveragePool())
     blocks.append(Readout(channels, num_classes, tau=head_tau))
+    stages = stages if shares_layers(share) else []
     return _initialised(SpikingNetwork(blocks, input_shape=shape, share=share, groups=groups, stages=stages))
 
 

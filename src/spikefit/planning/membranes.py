@@ -11,7 +11,7 @@ from torch import nn
 
 from spikefit.engines.membranes import read_inverse, stages_of
 from spikefit.errors import StrategyError
-from spikefit.layers.rebuild import ASSUMED_RANGE, Rebuild, check_bound, neuron_of
+from spikefit.layers.rebuild import Rebuild, neuron_of
 from spikefit.layers.shared import SharedStage
 from spikefit.models import SpikingNetwork
 from spikefit.neurons import SpikingNeuron
@@ -29,13 +29,17 @@ class MembraneBytes:
     Attributes:
         forward: all membranes at one moment, as a step of inference holds them.
         kept: strategy -> what neurons keep between forward and backward, packed spikes included; None where the
-            strategy cannot rebuild a membrane of this network.
+            strategy refuses a layer of this network.
         peak: strategy -> the same, and what the membrane that takes most is rebuilt into.
+        anchor_every: distances in calls of the membranes that "inverse" keeps; empty where it does not apply.
+        assumes_grid: whether "integer" is counted as if neurons without a grid (frac_bits) had one.
     """
 
     forward: int
     kept: dict[str, int | None]
     peak: dict[str, int | None]
+    anchor_every: list[int]
+    assumes_grid: bool
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,6 @@ class _Membrane:
     together: int  # steps of a piece
     bits: int
     leak: Any
-    soft: bool
-    grid: bool
-    own_forward: bool  # a neuron that is not one charge, fire and reset of its input
 
     @property
     def calls(self) -> int:
@@ -87,26 +88,36 @@ def membrane_bytes(network: SpikingNetwork, currents: Currents, dtype: torch.dty
     peak = dict(kept)
     chosen = network.strategy
     inverse = read_inverse(chosen.option if chosen.name == "inverse" else None)
-    for name, beside in (("replay", lambda m: 0), ("inverse", partial(_anchors, inverse, dtype)), ("integer", _digits)):
+    for rebuild, beside in (
+        (Rebuild("replay"), lambda m: 0),
+        (inverse, partial(_anchors, inverse, dtype)),
+        (Rebuild("integer"), _digits),
+    ):
+        name = rebuild.name
         try:
-            if any(m.own_forward for m in found):
-                raise StrategyError(f"{name}: a neuron has a forward of its own.")
+            for stage in _stages(network):
+                stage.check(rebuild, any_grid=True)
             held = sum(m.bits + beside(m) for m in found)
         except StrategyError:
             kept[name] = peak[name] = None
             continue
         rebuilt = _replayed if name == "replay" else _undone
         kept[name], peak[name] = held, held + max(map(rebuilt, stages), default=0)
-    return MembraneBytes(sum(m.bytes for m in found), kept, peak)
+    every = set() if kept["inverse"] is None else {inverse.distance(m.leak, dtype) for m in found}
+    neurons = [neuron_of(layer) for stage in _stages(network) for layer in stage.layers]
+    assumes_grid = kept["integer"] is not None and any(neuron.frac_bits is None for neuron in neurons)
+    return MembraneBytes(sum(m.bytes for m in found), kept, peak, sorted(every), assumes_grid)
+
+
+def _stages(network: SpikingNetwork) -> list[SharedStage]:
+    return [stage for stage in stages_of(network.chain) if isinstance(stage, SharedStage)]
 
 
 def _membranes(network: SpikingNetwork, currents: Currents, dtype: torch.dtype) -> list[list[_Membrane]]:
     """The membranes of every stage."""
     paths = {module: path for path, module in network.named_modules()}
     found = []
-    for stage in stages_of(network.chain):
-        if not isinstance(stage, SharedStage):
-            continue
+    for stage in _stages(network):
         shapes = [currents[paths[neuron_of(layer)]] for layer in stage.layers]
         values = max(torch.Size(s[0][1:]).numel() for s in shapes)
         made = []
@@ -130,9 +141,6 @@ def _membranes(network: SpikingNetwork, currents: Currents, dtype: torch.dtype) 
                     together=pieces[0][1] - pieces[0][0],
                     bits=len(own) * steps * pixels * packed_length(channels),
                     leak=leak if isinstance(leak, float) else None,
-                    soft=neuron.reset and neuron.v_reset is None,
-                    grid=neuron.frac_bits is not None,
-                    own_forward=type(neuron).forward is not SpikingNeuron.forward,
                 )
             )
         found.append(made)
@@ -152,17 +160,14 @@ def _undone(stage: list[_Membrane]) -> int:
 
 def _anchors(rebuild: Rebuild, dtype: torch.dtype, m: _Membrane) -> int:
     """Bytes that `inverse` keeps beside the bits of spikes."""
-    if m.leak is None or not m.soft or m.grid:
-        raise StrategyError("inverse: it needs a fixed leak and a soft reset without a grid.")
-    check_bound("inverse", m.leak, rebuild, ASSUMED_RANGE, dtype)
     return -(-m.calls // rebuild.distance(m.leak, dtype)) * m.bytes
 
 
 def _digits(m: _Membrane) -> int:
     """Bytes that `integer` keeps beside the bits of spikes."""
     shift = None if m.leak is None else shift_of(m.leak)
-    if shift is None or not m.soft or shift > max(BITS):
-        raise StrategyError("integer: it needs leak = 2^-m, at least 1/256, and a soft reset.")
+    if shift is None or shift > max(BITS):
+        raise StrategyError("integer: it needs leak = 2^-m, at least 1/256.")
     digits = next(bits for bits in BITS if bits >= shift)
     # every pixel of a call ends on a whole byte
     return m.bytes + m.calls * m.pixels * packed_length(m.channels, digits)

@@ -72,8 +72,9 @@ class Profile:
         lif_forward_bytes, lif_backward_kept_bytes, lif_backward_peak_bytes: what neurons alone hold, the last two by
             strategy; see `MembraneBytes`. None and empty for a model that is no `SpikingNetwork`.
         categories: bytes of weights, gradients, buffers, input, and of what is held for backward by category.
-        settings: T, batch, dtype, reset, strategy, backend (as asked for), threads, versions: what belongs beside every
-            ratio.
+        settings: T, batch, dtype, reset, leak ("learned" if it is), share, groups, strategy, backend (as asked for),
+            threads, versions: what belongs beside every ratio; inverse_anchor_every and integer_assumes_grid are those
+            of the bytes that neurons hold, see `MembraneBytes`.
     """
 
     predicted_peak_bytes: int
@@ -191,6 +192,8 @@ def _profile(step: Step, target: Target | None, predict_only: bool, repeats: int
         categories=_categories(module, x, predicted.saved),
         settings={
             **_settings(module, x, autocast),
+            "inverse_anchor_every": [] if membranes is None else membranes.anchor_every,
+            "integer_assumes_grid": membranes is not None and membranes.assumes_grid,
             "prediction": reliability(x, predicted.peak, autocast=autocast, device=step.device),
         },
     )
@@ -390,6 +393,8 @@ def _settings(module: nn.Module, x: Tensor, autocast: bool) -> dict[str, Any]:
         {"none" if not n.reset else "soft" if n.v_reset is None else f"hard to {n.v_reset:g}" for n in neurons}
     )
     networks = [m for m in module.modules() if isinstance(m, SpikingNetwork)]
+    leaks = {n.coefficients()[0] for n in neurons}
+    learned = any(isinstance(leak, Tensor) for leak in leaks)
     return {
         "timesteps": x.shape[0],
         "batch": x.shape[1],
@@ -398,6 +403,9 @@ def _settings(module: nn.Module, x: Tensor, autocast: bool) -> dict[str, Any]:
         "dtype": "bfloat16 autocast" if autocast else str(x.dtype).removeprefix("torch."),
         "reset": ", ".join(resets),
         "detach_reset": sorted({n.detach_reset for n in neurons}),
+        "leak": [*sorted(leak for leak in leaks if isinstance(leak, float)), *(["learned"] if learned else [])],
+        "share": ", ".join(sorted({n.share for n in networks})) or "none",
+        "groups": sorted({n.groups for n in neurons}),
         "strategy": ", ".join(sorted({str(n.strategy) for n in networks})) or "bptt",
         "backend": resolve("auto"),
         "device": str(x.device),

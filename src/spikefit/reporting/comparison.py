@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spikefit.engines import parse_strategy
-from spikefit.errors import OptionError
+from spikefit.errors import OptionError, StrategyError
 from spikefit.ops.dispatch import use_backend
 from spikefit.reporting.measure import (
     FirstBatch,
@@ -43,6 +43,7 @@ def compare(
 
     Every strategy starts from the same weights and meets the same batches. Before training, gradients of the first
     batch are compared with plain bptt (bptt itself with a second run of it) and training steps are timed taking turns.
+    A strategy that the network refuses, at once or in the middle of its training, keeps its row and the others go on.
 
         max_gradient_error = max over parameters of  max |g - g_bptt| / max |g_bptt|
 
@@ -59,10 +60,11 @@ def compare(
         one row per strategy: strategy, exact, accuracy (share of the test split), loss, peak_bytes (measured in a fresh
         process), predicted_peak_bytes, saved_bytes, step_seconds [s] (median), max_gradient_error, parameters, history
         (per epoch), layers, energy, rates (share of neurons that fire per step, test split), memory_against_T (list of
-        timesteps, saved_bytes, predicted_peak_bytes), settings, recipe, environment.
+        timesteps, saved_bytes, predicted_peak_bytes), settings, recipe, environment, refused (why the strategy could
+        not run to its end, else None; what was not measured is None or absent then).
 
     Raises:
-        StrategyError: unknown strategy or option.
+        StrategyError: unknown strategy or option, or all strategies are refused.
         OptionError: no strategy, one twice, several devices, a precision that cannot be measured, or `out` cannot be
             written.
         RecipeError, DataError, TrainingError, CheckpointError: as `spikefit.train`.
@@ -90,19 +92,27 @@ def compare(
             place = folder / name.replace(":", "-")
             if not resume and place.exists():
                 shutil.rmtree(place)
-            record = train(
-                recipes[name],
-                out=place,
-                resume=resume,
-                progress=progress,
-                on_progress=partial(tell, name),
-            )
-            tell(f"measuring memory of {name}", None)
-            row |= _outcome(record.to_dict())
-            row |= profile_of(recipes[name], batch, batch.plain_model(recipes[name], place))
+            if row["refused"] is not None:
+                continue
+            try:
+                record = train(
+                    recipes[name],
+                    out=place,
+                    resume=resume,
+                    progress=progress,
+                    on_progress=partial(tell, name),
+                )
+                tell(f"measuring memory of {name}", None)
+                row |= _outcome(record.to_dict())
+                row |= profile_of(recipes[name], batch, batch.plain_model(recipes[name], place))
+            except StrategyError as error:
+                row["refused"] = str(error)
+                continue
             for layer in row["layers"]:
                 layer["spike_rate"] = record.spike_rates.get(layer["name"])
     listed = list(rows.values())
+    if all(row["refused"] for row in listed):
+        raise StrategyError(f"compare: no strategy could run. {listed[0]['refused']}")
     if out is not None:
         write_json(Path(out) / "compare.json", listed)
         write_report(Path(out) / "report.html", _report(recipe, base, listed, Path(out)))
@@ -123,9 +133,17 @@ def _measured_steps(batch: FirstBatch, recipes: dict[str, Recipe]) -> dict[str, 
     """Rows with gradient errors and step times, from the initial weights, without an update."""
     plain = next(iter(recipes.values())).override({"strategy": "bptt"})
     reference = batch.gradients(batch.model(plain))
-    models = {name: batch.model(recipe) for name, recipe in recipes.items()}
-    errors = {name: gradient_error(batch.gradients(model), reference) for name, model in models.items()}
-    seconds = interleaved_seconds({name: partial(batch.step, model) for name, model in models.items()})
+    models: dict[str, Any] = {}
+    errors: dict[str, float] = {}
+    refused: dict[str, str] = {}
+    for name, recipe in recipes.items():
+        try:
+            model = batch.model(recipe)
+            errors[name], models[name] = gradient_error(batch.gradients(model), reference), model
+        except StrategyError as error:
+            refused[name] = str(error)
+    steps: dict[str, Callable[[], Any]] = {name: partial(batch.step, model) for name, model in models.items()}
+    seconds = interleaved_seconds(steps) if steps else {}
     return {
         name: {
             "strategy": name,
@@ -134,8 +152,9 @@ def _measured_steps(batch: FirstBatch, recipes: dict[str, Recipe]) -> dict[str, 
             "loss": None,
             "peak_bytes": None,
             "saved_bytes": None,
-            "step_seconds": seconds[name],
-            "max_gradient_error": errors[name],
+            "step_seconds": seconds.get(name),
+            "max_gradient_error": errors.get(name),
+            "refused": refused.get(name),
             "settings": settings_of(recipes[name], timesteps=batch.x.shape[0], device=batch.x.device.type),
         }
         for name in recipes
@@ -149,6 +168,7 @@ def _outcome(record: dict[str, Any]) -> Row:
 
 
 def _report(recipe: Any, base: Recipe, rows: list[Row], out: Path) -> dict[str, Any]:
+    ran = next(row for row in rows if row["refused"] is None)
     source = Path(recipe).name if isinstance(recipe, str | Path) else f"{base.model.name} on {base.data.name}"
     return {
         "title": f"What each strategy costs: {source}",
@@ -161,8 +181,8 @@ def _report(recipe: Any, base: Recipe, rows: list[Row], out: Path) -> dict[str, 
                 str(out),
             ]
         ),
-        "recipe": {key: value for key, value in rows[0]["recipe"].items() if key != "strategy"},
-        "environment": rows[0]["environment"],
+        "recipe": {key: value for key, value in ran["recipe"].items() if key != "strategy"},
+        "environment": ran["environment"],
         "rows": rows,
     }
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from spikefit.errors import OptionError, StrategyError
+from spikefit.errors import OptionError
 from spikefit.models import SpikingNetwork
 from spikefit.ops.dispatch import use_backend
 from spikefit.planning import predicted_bytes, profile
@@ -92,12 +92,10 @@ def _step(recipe: Recipe, **changes: Any) -> Any:
 
 
 def _counted(recipe: Recipe, strategy: str) -> dict[str, tuple[int, int, int]]:
-    """{strategy: bytes kept by membranes, held by the step, and its peak}; empty where it cannot run."""
+    """{strategy: bytes kept by membranes, held by the step, and its peak}; empty where there is no such grid."""
     on_grid = strategy == "integer" and recipe.neuron.frac_bits is None
     try:
         step = _step(recipe, strategy=strategy, **({"neuron.frac_bits": FRAC_BITS} if on_grid else {}))
-    except StrategyError:
-        return {}
     except OptionError:
         if on_grid:
             return {}

@@ -87,11 +87,14 @@ def bptt_row(rows: Sequence[Row]) -> Row | None:
 
 
 def caption(rows: Sequence[Row]) -> str:
-    """What the ratios refer to, with the settings that belong beside every ratio."""
+    """What the ratios refer to, with the settings that belong beside every ratio, and which strategies were refused."""
     where = conditions(rows[0]) if rows else ""
     if bptt_row(rows) is None or len(rows) < 2:
-        return f"At {where}." if where else ""
-    return f"(x) = ratio to bptt{' at ' + where if where else ''}."
+        told = f"At {where}." if where else ""
+    else:
+        told = f"(x) = ratio to bptt{' at ' + where if where else ''}."
+    refused = [f"{row['strategy']} was refused: {row['refused']}" for row in rows if row.get("refused")]
+    return "\n".join(filter(None, [told, *refused]))
 
 
 def conditions(row: Row) -> str:
