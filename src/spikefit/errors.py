@@ -16,6 +16,10 @@ class StateError(SpikefitError, ValueError):
     """A membrane handed in does not belong to this input or model."""
 
 
+class RangeError(SpikefitError):
+    """A number left the range in which its arithmetic is exact."""
+
+
 class OptionError(SpikefitError, ValueError):
     """An option has an unknown name or a value outside its range."""
 

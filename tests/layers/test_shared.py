@@ -231,6 +231,7 @@ NEURONS = {
     "level": {"name": "lif", "v_reset": -0.25, "v_rest": 0.125, "v_threshold": 0.5},
     "learned": {"name": "plif", "decay_input": True, "detach_reset": False, "v_threshold": 0.5},
     "grid": {"name": "lif", "tau": 4 / 3, "frac_bits": 16, "v_threshold": 0.5},
+    "slow": {"name": "lif", "tau": 8.0, "frac_bits": 16, "detach_reset": False, "v_threshold": 0.5},
 }
 
 
@@ -300,6 +301,7 @@ EXACT = {
         *[("replay", neuron) for neuron in NEURONS],
         *[(f"inverse:{every}", neuron) for every in (1, 2, 3, 4) for neuron in ("soft", "attached")],
         ("integer", "grid"),
+        ("integer", "slow"),
     ],
     "vgg16": [("replay", "soft"), ("replay", "hard"), ("inverse:4", "attached"), ("integer", "grid")],
     "resnet19": [("replay", "attached"), ("replay", "learned"), ("inverse:4", "soft"), ("integer", "grid")],
@@ -351,14 +353,22 @@ def test_one_step_and_one_sample(share, T, B, strategy, neuron):
 
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("share", ["none", "channel"])
-@pytest.mark.parametrize("name", ["vgg16", "resnet19"])
-def test_replay_of_own_membranes_in_pieces(monkeypatch, name, share, steps):
+@pytest.mark.parametrize(
+    ("name", "strategy", "neuron"),
+    [
+        ("vgg16", "replay", "soft"),
+        ("resnet19", "replay", "soft"),
+        ("vgg16", "integer", "slow"),
+        ("resnet19", "integer", "grid"),
+    ],
+)
+def test_own_membranes_in_pieces(monkeypatch, name, strategy, neuron, share, steps):
     """Long sequences of large layers are rebuilt a few steps at a time."""
-    wanted = step_of(name, share, "soft", "bptt", T=5)
+    wanted = step_of(name, share, neuron, "bptt", T=5)
     pieces = []
     monkeypatch.setattr(SharedStage, "_largest", lambda stage, x: PIECE // steps)
     monkeypatch.setattr(stage_function._Backward, "_piece", noted(stage_function._Backward._piece, pieces))
-    assert_same_step(step_of.__wrapped__(name, share, "soft", "replay", T=5), wanted, 1e-10)
+    assert_same_step(step_of.__wrapped__(name, share, neuron, strategy, T=5), wanted, 1e-10)
     assert max(pieces) == -(-5 // steps) - 1
 
 
@@ -390,21 +400,23 @@ def test_replay_takes_norms_over_the_sequence(share, norm):
 def rebuilt_membranes(monkeypatch, name, share, strategy, T, dtype):
     """(membranes before every call in forward, the same as backward got them back), in the order of forward."""
     before, back = [], []
-    neuron = "grid" if strategy == "integer" else "soft"
-    forward, backward = stage_function.lif, stage_function.undo
+    on_grid = strategy == "integer"
+    names = ("lif_on_grid", "lif_on_grid_backward") if on_grid else ("lif", "undo")
+    forward, backward = (getattr(stage_function, each) for each in names)
 
-    def noted(x, v, **options):
+    def noted(x, v, *args, **options):
         before.append(v.clone())
-        return forward(x, v, **options)
+        return forward(x, v, *args, **options)
 
     def noted_back(*args, **options):
-        back.append(backward(*args, **options))
-        return back[-1]
+        made = backward(*args, **options)
+        back.append(made[2] if on_grid else made)
+        return made
 
     with monkeypatch.context() as patched:
-        patched.setattr(stage_function, "lif", noted)
-        patched.setattr(stage_function, "undo", noted_back)
-        step_of.__wrapped__(name, share, neuron, strategy, T=T, dtype=dtype)
+        patched.setattr(stage_function, names[0], noted)
+        patched.setattr(stage_function, names[1], noted_back)
+        step_of.__wrapped__(name, share, "grid" if on_grid else "soft", strategy, T=T, dtype=dtype)
     return before, back[::-1]
 
 
@@ -413,8 +425,9 @@ def rebuilt_membranes(monkeypatch, name, share, strategy, T, dtype):
 def test_the_grid_gives_every_membrane_back_to_the_bit_in_single_precision(monkeypatch, name, share):
     """One current that is rounded to another step of the grid would show, and grow fourfold with every call."""
     layers, T = {"vgg16": (13, 4), "resnet19": (17, 4), "har_mlp": (3, 12)}[name]
+    monkeypatch.setattr(SharedStage, "_largest", lambda stage, x: PIECE)
     before, back = rebuilt_membranes(monkeypatch, name, share, "integer", T, torch.float32)
-    assert len(before) == len(back) == layers * SHARES[share] * T
+    assert len(before) == len(back) == layers * T
     assert sum(int((a != b).sum()) for a, b in zip(before, back, strict=True)) == 0
 
 

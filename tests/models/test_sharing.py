@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from spikefit.errors import OptionError, ShapeError, StateError, StrategyError
+from spikefit.errors import OptionError, RangeError, ShapeError, StateError, StrategyError
 from spikefit.layers import (
     BatchNorm,
     Flatten,
@@ -409,7 +409,7 @@ BAD_INPUT = {
         r"blocks\.0.*digits that a membrane on a grid loses \(frac_bits=16\); use strategy='integer'",
         lambda: small("har_mlp", "layer", neuron={"name": "lif", "frac_bits": 16}, strategy="inverse"),
     ),
-    "a membrane that leaves its grid": (StateError, r"membranes below 8.*lower frac_bits", lambda: large("layer")),
+    "a membrane that leaves its grid": (RangeError, r"membranes below 8.*lower frac_bits", lambda: large("layer")),
     "a bound that is passed": (
         StrategyError,
         r"blocks\.0: .*leak=0\.25, .*up to 8 .*0\.0026 .*largest safe anchor_every is 6 .*'replay'",

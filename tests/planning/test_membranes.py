@@ -172,9 +172,10 @@ def test_bytes_of_another_side():
         small, large = rows
         assert large.forward == 49 * small.forward
         assert large.kept == {key: 49 * count for key, count in small.kept.items()}
-        for strategy in ("bptt", "inverse", "integer"):
+        for strategy in ("bptt", "inverse"):
             assert large.peak[strategy] == 49 * small.peak[strategy]
         # more pixels, fewer steps together
+        assert large.kept["integer"] < large.peak["integer"] < 49 * small.peak["integer"]
         assert large.kept["replay"] < large.peak["replay"] < 49 * small.peak["replay"]
         cell = next(row[3] for row in FORWARD if row[:2] == (net, 224)).split()[list(SHARES).index(share)]
         assert megabytes(large.forward) == cell

@@ -122,7 +122,7 @@ class SharedStage:
         step = 1
         if not self.one_membrane and (rebuild is None or not self._runs_in_pieces()):
             step = timesteps
-        elif not self.one_membrane and rebuild is not None and rebuild.name == "replay":
+        elif not self.one_membrane and rebuild is not None and rebuild.name in ("replay", "integer"):
             step = max(1, PIECE // max(1, values))
         return [(t, min(timesteps, t + step)) for t in range(0, timesteps, step)]
 

@@ -15,7 +15,7 @@ from spikefit.layers.rebuild import ASSUMED_RANGE, Rebuild, check_bound, neuron_
 from spikefit.layers.shared import SharedStage
 from spikefit.models import SpikingNetwork
 from spikefit.neurons import SpikingNeuron
-from spikefit.ops.lif.equation import shift_of
+from spikefit.ops.lif.equation import grid_leak
 from spikefit.ops.packbits.op import BITS, packed_length
 
 # Shapes [T, B, C, ...] that the neuron at a path got, one per call.
@@ -73,7 +73,8 @@ def membrane_bytes(network: SpikingNetwork, currents: Currents, dtype: torch.dty
                         all pieces but the first, and k n P e, or (m + n) P e where m layers of n groups share it
         inverse         spikes as bits and ceil(K / A) membranes, A of the network's strategy; rebuilt: the membranes of
                         a stage, and u of one
-        integer         spikes as bits, the last membrane and m bits per call, leak = 2^-m; rebuilt: as `inverse`
+        integer         spikes as bits, the last membrane and per call m bits at leak = 2^-m, 1 bit at 1 - 2^-m; rebuilt:
+                        the membranes of a stage, and a byte for what each call of k steps lost
 
     Args:
         network: its chain tells who shares what.
@@ -92,7 +93,7 @@ def membrane_bytes(network: SpikingNetwork, currents: Currents, dtype: torch.dty
         except StrategyError:
             kept[name] = peak[name] = None
             continue
-        rebuilt = _replayed if name == "replay" else _undone
+        rebuilt = {"replay": _replayed, "inverse": _undone, "integer": _undone_on_grid}[name]
         kept[name], peak[name] = held, held + max(map(rebuilt, stages), default=0)
     return MembraneBytes(sum(m.bytes for m in found), kept, peak)
 
@@ -146,6 +147,12 @@ def _undone(stage: list[_Membrane]) -> int:
     return sum(m.bytes for m in stage) + max(m.bytes for m in stage)
 
 
+def _undone_on_grid(stage: list[_Membrane]) -> int:
+    """Bytes of membranes and unpacked digits that running a stage backwards on a grid holds at once."""
+    calls = max(m.groups * m.together * m.pixels * m.channels for m in stage)
+    return sum(m.bytes for m in stage) + calls
+
+
 def _anchors(rebuild: Rebuild, dtype: torch.dtype, m: _Membrane) -> int:
     """Bytes that `inverse` keeps beside the bits of spikes."""
     if m.leak is None or not m.soft or m.grid:
@@ -156,10 +163,10 @@ def _anchors(rebuild: Rebuild, dtype: torch.dtype, m: _Membrane) -> int:
 
 def _digits(m: _Membrane) -> int:
     """Bytes that `integer` keeps beside the bits of spikes."""
-    shift = None if m.leak is None else shift_of(m.leak)
-    if shift is None or not m.soft or shift > max(BITS):
-        raise StrategyError("integer: it needs leak = 2^-m, at least 1/256, and a soft reset.")
-    digits = next(bits for bits in BITS if bits >= shift)
+    form = None if m.leak is None else grid_leak(m.leak)
+    if form is None or not m.soft or form.digits > max(BITS):
+        raise StrategyError("integer: it needs leak = 2^-m, at least 1/256, or 1 - 2^-m, and a soft reset.")
+    digits = next(bits for bits in BITS if bits >= form.digits)
     # every pixel of a call ends on a whole byte
     return m.bytes + m.calls * m.pixels * packed_length(m.channels, digits)
 
