@@ -759,6 +759,23 @@ def test_bytes_held_per_step(share):
     assert slopes["bptt"] >= 8 * neurons
 
 
+@pytest.mark.parametrize(("tau", "digits"), [(2.0, 1), (8 / 7, 4), (4.0, 1), (16.0, 1), (1024.0, 1)])
+@pytest.mark.parametrize("share", SHARES)
+def test_bytes_held_per_call_on_a_grid(share, tau, digits):
+    """A quarter of a byte where one bit is lost, spikes included; the last membranes do not grow with T."""
+    held = []
+    for T in (256, 512):
+        _, stage, _ = dense_stage(share, lambda: LIF(tau=tau, frac_bits=16), width=16)
+        x = torch.zeros(T, 3, 16)  # what goes in belongs to the caller
+        held.append(
+            saved_bytes(lambda stage=stage, x=x: stage(x, packed=True, rebuild=Rebuild("integer"))) - 4 * x.numel()
+        )
+    neurons = 3 * 3 * 16
+    assert (held[1] - held[0]) / 256 == neurons * (1 + digits) / 8
+    if digits == 1:
+        assert (held[1] - held[0]) / 256 / neurons == 0.25
+
+
 @pytest.mark.parametrize("share", ["layer", "channel"])
 @pytest.mark.parametrize("name", ["vgg16", "resnet19"])
 def test_a_network_holds_a_fraction_of_what_bptt_holds(name, share):

@@ -148,7 +148,7 @@ def test_membranes_kept_for_backward(net, share):
     with no_memory():
         model = make(net, share)
         currents = shapes(model, torch.empty(1, 1, 3, side, side).expand(T, -1, -1, -1, -1))
-    for tau, every, digits in ((4 / 3, 6, 2), (2.0, 11, 1)):
+    for tau, every, digits in ((4 / 3, 6, 2), (2.0, 11, 1), (4.0, 22, 1)):
         for module in model.modules():
             if isinstance(module, LIF):
                 module.tau = tau
@@ -207,7 +207,7 @@ SMALL = {
 def test_bytes_kept_equal_those_that_autograd_holds(name, share, strategy):
     """Of a real step; widths of which groups fill no byte included."""
     kind, groups = SHARES[share]
-    for tau in (2.0, 4 / 3, 8 / 7):
+    for tau in (2.0, 4 / 3, 8 / 7, *([16.0] if strategy in ("replay", "integer") else [])):
         neuron = {"name": "lif", "tau": tau, **({"frac_bits": 16} if strategy == "integer" else {})}
         model = create_model(name, share=kind, groups=groups, norm="step_bn", neuron=neuron, **SMALL[name])
         use_strategy(model, strategy)

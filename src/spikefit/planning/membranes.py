@@ -73,8 +73,8 @@ def membrane_bytes(network: SpikingNetwork, currents: Currents, dtype: torch.dty
                         all pieces but the first, and k n P e, or (m + n) P e where m layers of n groups share it
         inverse         spikes as bits and ceil(K / A) membranes, A of the network's strategy; rebuilt: the membranes of
                         a stage, and u of one
-        integer         spikes as bits, the last membrane and per call m bits at leak = 2^-m, 1 bit at 1 - 2^-m; rebuilt:
-                        the membranes of a stage, and a byte for what each call of k steps lost
+        integer         spikes as bits, the last membrane and per call m bits at leak = 2^-m, 1 bit at 1 - 2^-m;
+                        rebuilt: the membranes of a stage, and a byte for what each call of a piece lost
 
     Args:
         network: its chain tells who shares what.

@@ -528,8 +528,8 @@ def _backward(
             hi = lo + min(p, height - strip * p) * width
         if default:
             _default_backward(
-                g, q_N, zs[0], scales[0], shifts[0], v_0, bits, abc[0], dv_0, sums[job], leak, gain, theta, v_rest, grid,
-                a, parameter, pool, shape, strip, image, lo, hi, C, lut,
+                g, q_N, zs[0], scales[0], shifts[0], v_0, bits, abc[0], dv_0, sums[job], leak, gain, theta, v_rest,
+                grid, a, parameter, pool, shape, strip, image, lo, hi, C, lut,
             )  # fmt: skip
             continue
         _block_backward(

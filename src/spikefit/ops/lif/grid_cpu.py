@@ -12,15 +12,15 @@ from torch import Tensor
 from spikefit.ops.lif.cpu import (
     SOFT,
     adjoint,
-    block_size,
-    values_of,
     after_reset,
+    block_size,
     block_state,
     charge_on_grid,
     fill_slope,
     fires,
     grid_numbers,
     number_type,
+    values_of,
 )
 from spikefit.ops.lif.equation import Equation
 from spikefit.ops.surrogate import FORMS
@@ -32,12 +32,12 @@ def forward(
 ) -> None:
     """Fill `spikes_TN`, `v_T` and `lost_TN`; float32 or float64."""
     number = number_type(v_0)
-    leak, gain, theta = map(number, coefficients)
+    _, gain, theta = map(number, coefficients)
     grid = grid_numbers(equation, coefficients[0], v_0)
     use_torch_threads()
     _forward(
-        x_TN.numpy(), values_of(v_0), spikes_TN.numpy(), v_T.numpy(), lost_TN.numpy(), gain, theta, equation.strict, grid,
-        block_size(1, v_0),
+        x_TN.numpy(), values_of(v_0), spikes_TN.numpy(), v_T.numpy(), lost_TN.numpy(), gain, theta, equation.strict,
+        grid, block_size(1, v_0),
     )  # fmt: skip
 
 

@@ -4,6 +4,8 @@ Forward gives what every call loses beside the spikes; backward starts from the 
 applies the adjoint on the way, so that neither holds a membrane per step.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -99,7 +101,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     equation = unflat(reset, v_reset, v_rest, strict, detach_reset, surrogate, parameter, frac_bits)
-    options = {"leak": leak, "gain": gain, "v_threshold": v_threshold, "equation": equation}
+    options: dict[str, Any] = {"leak": leak, "gain": gain, "v_threshold": v_threshold, "equation": equation}
     if backend == "reference":
         return reference.lif_on_grid(x, v_0, **options)
     layout, dtype = Layout(x), _room(x, backend)
@@ -148,7 +150,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     equation = unflat(reset, v_reset, v_rest, strict, detach_reset, surrogate, parameter, frac_bits)
     if backend == "reference":
-        options = {"leak": leak, "gain": gain, "v_threshold": v_threshold, "equation": equation}
+        options: dict[str, Any] = {"leak": leak, "gain": gain, "v_threshold": v_threshold, "equation": equation}
         return reference.lif_on_grid_backward(g, q, x, v_T, spikes, lost, **options)
     layout, dtype = Layout(x), _room(x, backend)
     dx = layout.empty(x, dtype)

@@ -275,8 +275,8 @@ def coefficients(
             )
     if tensors and frac_bits is not None:
         raise OptionError(
-            "lif: a membrane on a grid (frac_bits) needs fixed numbers for leak, gain and v_threshold, got learned "
-            "ones; use neuron 'lif', or leave out frac_bits."
+            "lif: a membrane on a grid (frac_bits) needs fixed numbers for leak (2^-m or 1 - 2^-m), gain and "
+            "v_threshold, got learned ones; use neuron 'lif', or leave out frac_bits."
         )
     if not tensors:
         check_coefficients(*given)  # type: ignore[arg-type]
@@ -297,7 +297,7 @@ def choose_backend(x: Tensor, equation: Equation, backend: str) -> str:
 
 
 def left_grid(v_T: Tensor, equation: Equation) -> bool:
-    """Whether a kernel marked membranes that left the range of their grid; the reference then says how far they went."""
+    """Whether a kernel marked membranes that left the range of their grid; the reference says how far they went."""
     return equation.frac_bits is not None and not bool(v_T.isfinite().all())
 
 
