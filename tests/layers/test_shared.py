@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from spikefit.errors import StrategyError
+from spikefit.errors import RangeError, StrategyError
 from spikefit.layers import Readout, SpikingConv2d, SpikingLinear, stage_function
 from spikefit.layers.packed import PackedSpikes
 from spikefit.layers.rebuild import Rebuild, inverse_error, safe_anchor_every
@@ -316,6 +316,18 @@ def test_a_step_equals_that_of_bptt(share, name, strategy, neuron):
     options = {"T": 5 if name == "har_mlp" else 3}
     wanted = step_of(name, share, neuron, "bptt", **options)
     assert_same_step(step_of(name, share, neuron, strategy, **options), wanted, 1e-10)
+
+
+@pytest.mark.parametrize("neuron", ["grid", "slow"])
+@pytest.mark.parametrize(("name", "norm"), [("har_mlp", "ws"), ("vgg16", "step_bn"), ("resnet19", "step_bn")])
+def test_lean_units_on_a_grid(name, norm, neuron):
+    """Outputs bit for bit those of bptt; a current that leaves the range is refused by the fused kernel too."""
+    for strategy in ("lean:spikes", "lean:input"):
+        wanted = step_of(name, "none", neuron, "bptt", norm=norm, T=3)
+        assert_same_step(step_of(name, "none", neuron, strategy, norm=norm, T=3), wanted, 1e-10)
+    model = small("har_mlp", "none", neuron, norm="ws", dtype=torch.float32, strategy="lean:spikes")
+    with pytest.raises(RangeError, match="membranes below 128"):
+        model(1e4 * torch.randn(3, 2, 9))
 
 
 @pytest.mark.parametrize("name", EXACT)
