@@ -75,8 +75,7 @@ def _advance(x, v, s, lost, gain, theta, strict, grid):
     for i in range(v.size):
         whole = np.floor(v[i] * scale)
         digits = whole - np.floor(whole * inverse) * power
-        # not `digits == last`: a cast of a comparison keeps the loop from becoming vector instructions
-        lost[i] = np.uint8((np.uint8(1) if digits == last else np.uint8(0)) if ties != 0 else np.uint8(digits))
+        lost[i] = np.uint8(digits == last) if ties != 0 else np.uint8(digits)
         u = charge_on_grid(v[i], x[i], gain, grid)
         fired = fires(u, theta, strict)
         s[i] = fired
