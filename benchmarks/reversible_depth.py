@@ -1,4 +1,4 @@
-"""Blocks of two streams: memory and time of a training step against depth, and losses of the reversible net and its twin.
+"""Blocks of two streams: memory and time of a training step against depth, and losses beside those of bptt.
 
     python benchmarks/reversible_depth.py [--quick] [--threads 2] [--out FILE] [--data FOLDER]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from spikefit.errors import StrategyError
+from spikefit.errors import RangeError, StrategyError
 from spikefit.layers import Readout, SpikingConv2d, SpikingLinear, stage_function
 from spikefit.layers.packed import PackedSpikes
 from spikefit.layers.rebuild import Rebuild, inverse_error, safe_anchor_every
@@ -221,6 +221,7 @@ NEURONS = {
     "level": {"name": "lif", "v_reset": -0.25, "v_rest": 0.125, "v_threshold": 0.5},
     "learned": {"name": "plif", "decay_input": True, "detach_reset": False, "v_threshold": 0.5},
     "grid": {"name": "lif", "tau": 4 / 3, "frac_bits": 16, "v_threshold": 0.5},
+    "slow": {"name": "lif", "tau": 8.0, "frac_bits": 16, "detach_reset": False, "v_threshold": 0.5},
 }
 
 
@@ -290,6 +291,7 @@ EXACT = {
         *[("replay", neuron) for neuron in NEURONS],
         *[(f"inverse:{every}", neuron) for every in (1, 2, 3, 4) for neuron in ("soft", "attached")],
         ("integer", "grid"),
+        ("integer", "slow"),
     ],
     "vgg16": [("replay", "soft"), ("replay", "hard"), ("inverse:4", "attached"), ("integer", "grid")],
     "resnet19": [("replay", "attached"), ("replay", "learned"), ("inverse:4", "soft"), ("integer", "grid")],
@@ -304,6 +306,18 @@ def test_a_step_equals_that_of_bptt(share, name, strategy, neuron):
     options = {"T": 5 if name == "har_mlp" else 3}
     wanted = step_of(name, share, neuron, "bptt", **options)
     assert_same_step(step_of(name, share, neuron, strategy, **options), wanted, 1e-10)
+
+
+@pytest.mark.parametrize("neuron", ["grid", "slow"])
+@pytest.mark.parametrize(("name", "norm"), [("har_mlp", "ws"), ("vgg16", "step_bn"), ("resnet19", "step_bn")])
+def test_lean_units_on_a_grid(name, norm, neuron):
+    """Outputs bit for bit those of bptt; a current that leaves the range is refused by the fused kernel too."""
+    for strategy in ("lean:spikes", "lean:input"):
+        wanted = step_of(name, "none", neuron, "bptt", norm=norm, T=3)
+        assert_same_step(step_of(name, "none", neuron, strategy, norm=norm, T=3), wanted, 1e-10)
+    model = small("har_mlp", "none", neuron, norm="ws", dtype=torch.float32, strategy="lean:spikes")
+    with pytest.raises(RangeError, match="membranes below 128"):
+        model(1e4 * torch.randn(3, 2, 9))
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -341,14 +355,22 @@ def test_one_step_and_one_sample(share, T, B, strategy, neuron):
 
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("share", ["none", "channel"])
-@pytest.mark.parametrize("name", ["vgg16", "resnet19"])
-def test_replay_of_own_membranes_in_pieces(monkeypatch, name, share, steps):
+@pytest.mark.parametrize(
+    ("name", "strategy", "neuron"),
+    [
+        ("vgg16", "replay", "soft"),
+        ("resnet19", "replay", "soft"),
+        ("vgg16", "integer", "slow"),
+        ("resnet19", "integer", "grid"),
+    ],
+)
+def test_own_membranes_in_pieces(monkeypatch, name, strategy, neuron, share, steps):
     """Long sequences of large layers are rebuilt a few steps at a time."""
-    wanted = step_of(name, share, "soft", "bptt", T=5)
+    wanted = step_of(name, share, neuron, "bptt", T=5)
     pieces = []
     monkeypatch.setattr(SharedStage, "_largest", lambda stage, x: PIECE // steps)
     monkeypatch.setattr(stage_function._Backward, "_piece", noted(stage_function._Backward._piece, pieces))
-    assert_same_step(step_of.__wrapped__(name, share, "soft", "replay", T=5), wanted, 1e-10)
+    assert_same_step(step_of.__wrapped__(name, share, neuron, strategy, T=5), wanted, 1e-10)
     assert max(pieces) == -(-5 // steps) - 1
 
 
@@ -380,21 +402,23 @@ def test_replay_takes_norms_over_the_sequence(share, norm):
 def rebuilt_membranes(monkeypatch, name, share, strategy, T, dtype):
     """(membranes before every call in forward, the same as backward got them back), in the order of forward."""
     before, back = [], []
-    neuron = "grid" if strategy == "integer" else "soft"
-    forward, backward = stage_function.lif, stage_function.undo
+    on_grid = strategy == "integer"
+    names = ("lif_on_grid", "lif_on_grid_backward") if on_grid else ("lif", "undo")
+    forward, backward = (getattr(stage_function, each) for each in names)
 
-    def noted(x, v, **options):
+    def noted(x, v, *args, **options):
         before.append(v.clone())
-        return forward(x, v, **options)
+        return forward(x, v, *args, **options)
 
     def noted_back(*args, **options):
-        back.append(backward(*args, **options))
-        return back[-1]
+        made = backward(*args, **options)
+        back.append(made[2] if on_grid else made)
+        return made
 
     with monkeypatch.context() as patched:
-        patched.setattr(stage_function, "lif", noted)
-        patched.setattr(stage_function, "undo", noted_back)
-        step_of.__wrapped__(name, share, neuron, strategy, T=T, dtype=dtype)
+        patched.setattr(stage_function, names[0], noted)
+        patched.setattr(stage_function, names[1], noted_back)
+        step_of.__wrapped__(name, share, "grid" if on_grid else "soft", strategy, T=T, dtype=dtype)
     return before, back[::-1]
 
 
@@ -403,8 +427,9 @@ def rebuilt_membranes(monkeypatch, name, share, strategy, T, dtype):
 def test_the_grid_gives_every_membrane_back_to_the_bit_in_single_precision(monkeypatch, name, share):
     """One current that is rounded to another step of the grid would show, and grow fourfold with every call."""
     layers, T = {"vgg16": (13, 4), "resnet19": (17, 4), "har_mlp": (3, 12)}[name]
+    monkeypatch.setattr(SharedStage, "_largest", lambda stage, x: PIECE)
     before, back = rebuilt_membranes(monkeypatch, name, share, "integer", T, torch.float32)
-    assert len(before) == len(back) == layers * SHARES[share] * T
+    assert len(before) == len(back) == layers * T
     assert sum(int((a != b).sum()) for a, b in zip(before, back, strict=True)) == 0
 
 
@@ -784,6 +809,23 @@ def test_bytes_held_per_step(share):
     assert slopes["inverse"] == bits + 4 * neurons / 4
     assert slopes["integer"] == bits + 2 / 8 * neurons
     assert slopes["bptt"] >= 8 * neurons
+
+
+@pytest.mark.parametrize(("tau", "digits"), [(2.0, 1), (8 / 7, 4), (4.0, 1), (16.0, 1), (1024.0, 1)])
+@pytest.mark.parametrize("share", SHARES)
+def test_bytes_held_per_call_on_a_grid(share, tau, digits):
+    """A quarter of a byte where one bit is lost, spikes included; the last membranes do not grow with T."""
+    held = []
+    for T in (256, 512):
+        _, stage, _ = dense_stage(share, lambda: LIF(tau=tau, frac_bits=16), width=16)
+        x = torch.zeros(T, 3, 16)  # what goes in belongs to the caller
+        held.append(
+            saved_bytes(lambda stage=stage, x=x: stage(x, packed=True, rebuild=Rebuild("integer"))) - 4 * x.numel()
+        )
+    neurons = 3 * 3 * 16
+    assert (held[1] - held[0]) / 256 == neurons * (1 + digits) / 8
+    if digits == 1:
+        assert (held[1] - held[0]) / 256 / neurons == 0.25
 
 
 @pytest.mark.parametrize("share", ["layer", "channel"])

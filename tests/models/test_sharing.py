@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from spikefit.errors import OptionError, ShapeError, StateError, StrategyError
+from spikefit.errors import OptionError, RangeError, ShapeError, StateError, StrategyError
 from spikefit.layers import (
     BatchNorm,
     Flatten,
@@ -484,7 +484,7 @@ BAD_INPUT = {
     ),
     **{
         f"a membrane that leaves its grid, {share}, {strategy}": (
-            StateError,
+            RangeError,
             r"blocks\.2: lif: expected membranes below 8.*lower frac_bits",
             lambda share=share, strategy=strategy: large(share, strategy),
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 from spikefit.errors import StrategyError
 from spikefit.layers.unit import Layer
 from spikefit.neurons import SpikingNeuron
-from spikefit.ops.lif.equation import shift_of
+from spikefit.ops.lif.equation import grid_leak
 from spikefit.ops.packbits.op import BITS
 
 # How backward gets a membrane back from the spikes.
@@ -75,10 +75,10 @@ def neuron_of(layer: Layer) -> SpikingNeuron:
     return cast(SpikingNeuron, layer.unit.neuron)
 
 
-def digits_of(neuron: SpikingNeuron) -> tuple[int, int]:
-    """(m of leak = 2^-m, bits in which the m lost digits of a call are packed) of a neuron on a grid."""
-    shift = cast(int, shift_of(float(neuron.coefficients()[0])))
-    return shift, next((bits for bits in BITS if bits >= shift), 0)
+def digits_of(neuron: SpikingNeuron) -> int:
+    """Bits in which what a call loses is packed, for a neuron on a grid; 0 if a byte is too small."""
+    form = grid_leak(float(neuron.coefficients()[0]))
+    return next((bits for bits in BITS if form is not None and bits >= form.digits), 0)
 
 
 def check_rebuild(who: str, layer: Layer, rebuild: Rebuild, *, any_grid: bool = False) -> None:
@@ -111,7 +111,7 @@ def check_rebuild(who: str, layer: Layer, rebuild: Rebuild, *, any_grid: bool = 
             f"{who}: {name} needs a leak that stays as it is, and this neuron learns it; use strategy='replay', or "
             "neuron 'lif'."
         )
-    if name == "integer" and neuron.frac_bits is not None and digits_of(neuron)[1] == 0:
+    if name == "integer" and neuron.frac_bits is not None and digits_of(neuron) == 0:
         raise StrategyError(
             f"{who}: integer keeps the digits that a call loses in a byte at most, so leak >= 1/256, got "
             f"{float(neuron.coefficients()[0]):g}; use strategy='replay'."
@@ -119,7 +119,7 @@ def check_rebuild(who: str, layer: Layer, rebuild: Rebuild, *, any_grid: bool = 
     if name == "integer" and neuron.frac_bits is None and not any_grid:
         raise StrategyError(
             f"{who}: integer runs whole numbers backwards, and this membrane is floating point; give the neuron a "
-            "grid, frac_bits=16 (leak 1/2, 1/4, ...), or use strategy='replay'."
+            "grid, frac_bits=16 (leak 1/2, 1/4, ... or 3/4, 7/8, ...), or use strategy='replay'."
         )
     if name == "inverse" and neuron.frac_bits is not None:
         raise StrategyError(

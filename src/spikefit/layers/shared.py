@@ -133,12 +133,13 @@ class SharedStage:
         """The steps that are run together, for layers with at most `values` neurons of all samples.
 
         A layer with a membrane of its own can run whole sequences. Where backward rebuilds it, as many steps go
-        together as hold `PIECE` values, so that what is rebuilt stays small beside long sequences of large layers.
+        together as hold `PIECE` values, so that what is rebuilt stays small beside long sequences of large layers; the
+        inverse goes step by step, from one anchor to the next.
         """
         step = 1
         if not self.one_membrane and (rebuild is None or not self._runs_in_pieces()):
             step = timesteps
-        elif not self.one_membrane and rebuild is not None and rebuild.name == "replay":
+        elif not self.one_membrane and rebuild is not None and rebuild.name in ("replay", "integer"):
             step = max(1, PIECE // max(1, values))
         return [(t, min(timesteps, t + step)) for t in range(0, timesteps, step)]
 

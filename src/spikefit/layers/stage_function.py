@@ -32,7 +32,9 @@ from spikefit.neurons import SpikingNeuron
 from spikefit.ops.dispatch import resolve, use_backend
 from spikefit.ops.dtype import compute_dtype
 from spikefit.ops.lif import lif, lif_backward
-from spikefit.ops.lif.reference import follow, remainder, undo
+from spikefit.ops.lif.grid_op import lif_on_grid, lif_on_grid_backward
+from spikefit.ops.lif.op import checked_state, dynamics_of
+from spikefit.ops.lif.reference import follow, undo
 from spikefit.ops.packbits import pack, unpack
 
 
@@ -113,7 +115,7 @@ class _Kept(NamedTuple):
     Attributes:
         bits: spikes of every layer, [T, B * pixels, ceil(C / 8)] uint8.
         anchors: per membrane, number of calls done -> the membrane then.
-        digits: per membrane, the digits that every call lost on the grid, packed.
+        digits: per membrane and visit of a layer, what its calls lost on the grid, packed.
     """
 
     bits: list[Tensor]
@@ -213,26 +215,34 @@ class _Forward:
         if self.call.rebuild.name == "replay":
             spikes, self.v[m] = neuron(current, self.v[m])
             return spikes
-        made, x = [], neuron.in_turn(current)
+        x = neuron.in_turn(current)
+        v = checked_state("lif", x, self.v[m])
+        if self.call.rebuild.name == "integer":
+            spikes, self.v[m] = self._fire_on_grid(neuron, m, x, v)
+            return neuron.side_by_side(spikes)
+        made = []
         for k in range(len(x)):
-            v = x.new_zeros(x.shape[1:], dtype=compute_dtype(x.dtype)) if self.v[m] is None else self.v[m]
-            spikes, self.v[m] = lif(x[k : k + 1], v, **neuron.options())
-            self._keep(neuron, m, cast(Tensor, v), cast(Tensor, self.v[m]), spikes[0])
+            spikes, v = lif(x[k : k + 1], v, **neuron.options())
+            self._keep_anchor(neuron, m, v, spikes[0])
             made.append(spikes)
+        self.v[m] = v
         return neuron.side_by_side(torch.cat(made))
 
-    def _keep(self, neuron: SpikingNeuron, m: int, before: Tensor, after: Tensor, s: Tensor) -> None:
-        """Keep what undoing this call will need."""
+    def _fire_on_grid(self, neuron: SpikingNeuron, m: int, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(spikes, membrane) behind the calls `x`; what they lose is kept, and the membrane behind the last of all."""
+        spikes, v, lost = lif_on_grid(x, v, dynamics_of(x, **neuron.options()), neuron.backend)
+        self.digits[m].append(pack(lost.movedim(2, -1), digits_of(neuron), check=False))
+        self.done[m] += len(x)
+        if self.done[m] == self.total[m]:
+            self.anchors[m][self.done[m]] = v
+        return spikes, v
+
+    def _keep_anchor(self, neuron: SpikingNeuron, m: int, after: Tensor, s: Tensor) -> None:
+        """Keep the membrane behind this call if the inverse starts from it."""
         self.done[m] += 1
-        left, every = self.total[m] - self.done[m], self.total[m]
-        if self.call.rebuild.name == "integer":
-            shift, bits = digits_of(neuron)
-            lost = remainder(before, shift, cast(int, neuron.frac_bits))
-            self.digits[m].append(pack(lost.movedim(1, -1), bits, check=False))
-        else:
-            every = self.call.rebuild.distance(float(neuron.coefficients()[0]), after.dtype)
-            self.largest[m].append((after + neuron.v_threshold * s.to(after.dtype)).abs().amax())
-        if left % every == 0:
+        every = self.call.rebuild.distance(float(neuron.coefficients()[0]), after.dtype)
+        self.largest[m].append((after + neuron.v_threshold * s.to(after.dtype)).abs().amax())
+        if (self.total[m] - self.done[m]) % every == 0:
             self.anchors[m][self.done[m]] = after
 
     def _check_range(self) -> None:
@@ -274,6 +284,8 @@ class _Backward:
         # for membranes that are run backwards: calls done, and the membrane behind the last of them
         self.done = [self.flow.calls(m) for m in range(self.call.membranes)]
         self.v: list[Tensor | None] = [None] * self.call.membranes
+        # pieces of digits that are still to be undone
+        self.visits = [len(pieces) for pieces in self.kept.digits]
 
     @torch.no_grad()
     def run(self) -> list[Tensor | None]:
@@ -342,6 +354,8 @@ class _Backward:
             self.q[m] = d.v_0
             self._add_coefficients(i, d.leak, d.gain)
             return neuron.side_by_side(d.x)
+        if self.call.rebuild.name == "integer":
+            return neuron.side_by_side(self._through_grid(m, neuron, g, x, s))
         made = []
         for k in reversed(range(len(x))):
             v = self._undone(i, x[k], s[k], options)
@@ -351,20 +365,32 @@ class _Backward:
             made.append(d.x)
         return neuron.side_by_side(torch.cat(made[::-1]))
 
+    def _through_grid(self, m: int, neuron: SpikingNeuron, g: Tensor, x: Tensor, s: Tensor) -> Tensor:
+        """dL/dx of the last calls that are not undone yet; membrane and its gradient move to before them."""
+        after = self.kept.anchors[m].get(self.done[m], self.v[m])
+        lost = unpack(self.kept.digits[m][self.visits[m] - 1], x.shape[2], digits_of(neuron), dtype=torch.uint8)
+        self.done[m], self.visits[m] = self.done[m] - len(x), self.visits[m] - 1
+        dx, self.q[m], self.v[m] = lif_on_grid_backward(
+            g,
+            self.q[m],
+            x,
+            cast(Tensor, after),
+            s,
+            lost.movedim(-1, 2),
+            dynamics_of(x, **neuron.options()),
+            neuron.backend,
+        )
+        return dx
+
     def _undone(self, i: int, x: Tensor, s: Tensor, options: dict[str, Any]) -> Tensor:
         """The membrane before the last call that is not undone yet, which was `x` and fired `s`."""
         m, neuron = self.flow.membranes[i], neuron_of(self.flow.layers[i])
-        after, lost = self.kept.anchors[m].get(self.done[m], self.v[m]), None
+        after = cast(Tensor, self.kept.anchors[m].get(self.done[m], self.v[m]))
         self.done[m] -= 1
-        if self.call.rebuild.name == "integer":
-            _, bits = digits_of(neuron)
-            packed = self.kept.digits[m][self.done[m]]
-            lost = unpack(packed, x.shape[1], bits, dtype=after.dtype).movedim(-1, 1)
         before = undo(
             x,
             after,
             s,
-            lost,
             leak=options["leak"],
             gain=options["gain"],
             v_threshold=neuron.v_threshold,

@@ -24,7 +24,7 @@ class SpikingNeuron(nn.Module):
         v_rest: level the membrane decays to; None means `v_reset` for a hard reset, else 0.
         reset: False for no reset at all.
         strict: fire on u > v_threshold instead of u >= v_threshold.
-        frac_bits: keep the membrane on the grid of 2^-frac_bits; see `spikefit.lif`.
+        frac_bits: keep the membrane on the grid of 2^-frac_bits, for leaks 2^-m and 1 - 2^-m; see `spikefit.lif`.
         groups: number of channel groups that use one membrane in turn; see `forward`.
         backend: "auto", "reference", "numba" or "triton".
 
@@ -96,8 +96,8 @@ class SpikingNeuron(nn.Module):
         leak, _ = self.coefficients()
         if isinstance(leak, Tensor):
             raise OptionError(
-                f"{type(self).__name__}: a membrane on a grid (frac_bits={self.frac_bits}) needs a fixed leak, and "
-                "this neuron learns it; use LIF, or leave out frac_bits."
+                f"{type(self).__name__}: a membrane on a grid (frac_bits={self.frac_bits}) needs a fixed leak, "
+                "2^-m or 1 - 2^-m, and this neuron learns it; use LIF with tau = 2, 4, 8, ..., or leave out frac_bits."
             )
         check_on_grid(self.frac_bits, leak, self.v_threshold)
 

@@ -15,7 +15,7 @@ from spikefit.layers.rebuild import Rebuild, neuron_of
 from spikefit.layers.shared import SharedStage
 from spikefit.models import SpikingNetwork
 from spikefit.neurons import SpikingNeuron
-from spikefit.ops.lif.equation import shift_of
+from spikefit.ops.lif.equation import grid_leak
 from spikefit.ops.packbits.op import BITS, packed_length
 
 # Shapes [T, B, C, ...] that the neuron at a path got, one per call.
@@ -75,7 +75,8 @@ def membrane_bytes(network: SpikingNetwork, currents: Currents, dtype: torch.dty
                         all pieces but the first, and k n P e, or (m + n) P e where m layers of n groups share it
         inverse         spikes as bits and ceil(K / A) membranes, A of the network's strategy; rebuilt: the membranes of
                         a stage, and u of one
-        integer         spikes as bits, the last membrane and m bits per call, leak = 2^-m; rebuilt: as `inverse`
+        integer         spikes as bits, the last membrane and per call m bits at leak = 2^-m, 1 bit at 1 - 2^-m;
+                        rebuilt: the membranes of a stage, and a byte for what each call of a piece lost
 
     Args:
         network: its chain tells who shares what.
@@ -101,7 +102,7 @@ def membrane_bytes(network: SpikingNetwork, currents: Currents, dtype: torch.dty
         except StrategyError:
             kept[name] = peak[name] = None
             continue
-        rebuilt = _replayed if name == "replay" else _undone
+        rebuilt = {"replay": _replayed, "inverse": _undone, "integer": _undone_on_grid}[name]
         kept[name], peak[name] = held, held + max(map(rebuilt, stages), default=0)
     every = set() if kept["inverse"] is None else {inverse.distance(m.leak, dtype) for m in found}
     neurons = [neuron_of(layer) for stage in _stages(network) for layer in stage.layers]
@@ -158,6 +159,12 @@ def _undone(stage: list[_Membrane]) -> int:
     return sum(m.bytes for m in stage) + max(m.bytes for m in stage)
 
 
+def _undone_on_grid(stage: list[_Membrane]) -> int:
+    """Bytes of membranes and unpacked digits that running a stage backwards on a grid holds at once."""
+    calls = max(m.groups * m.together * m.pixels * m.channels for m in stage)
+    return sum(m.bytes for m in stage) + calls
+
+
 def _anchors(rebuild: Rebuild, dtype: torch.dtype, m: _Membrane) -> int:
     """Bytes that `inverse` keeps beside the bits of spikes."""
     return -(-m.calls // rebuild.distance(m.leak, dtype)) * m.bytes
@@ -165,10 +172,10 @@ def _anchors(rebuild: Rebuild, dtype: torch.dtype, m: _Membrane) -> int:
 
 def _digits(m: _Membrane) -> int:
     """Bytes that `integer` keeps beside the bits of spikes."""
-    shift = None if m.leak is None else shift_of(m.leak)
-    if shift is None or shift > max(BITS):
-        raise StrategyError("integer: it needs leak = 2^-m, at least 1/256.")
-    digits = next(bits for bits in BITS if bits >= shift)
+    form = None if m.leak is None else grid_leak(m.leak)
+    if form is None or form.digits > max(BITS):
+        raise StrategyError("integer: it needs leak = 2^-m, at least 1/256, or 1 - 2^-m.")
+    digits = next(bits for bits in BITS if bits >= form.digits)
     # every pixel of a call ends on a whole byte
     return m.bytes + m.calls * m.pixels * packed_length(m.channels, digits)
 

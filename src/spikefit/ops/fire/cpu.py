@@ -22,6 +22,7 @@ from spikefit.ops.lif.cpu import (
     charge,
     fill_slope,
     fires,
+    grid_numbers,
     number_type,
     to_membrane,
 )
@@ -57,6 +58,7 @@ def forward(
         number(equation.v_reset),
         number(equation.v_rest),
         equation.strict,
+        grid_numbers(equation, coefficients[0], v_T),
         v_T.shape[1],
         max(1, BLOCK_NEURONS // v_T.shape[1]),
         table(v_T.dtype, 1).view(v_T.numpy().dtype),
@@ -116,6 +118,7 @@ def backward(
         RESETS.index(equation.reset),
         number(equation.v_reset),
         number(equation.v_rest),
+        grid_numbers(equation, coefficients[0], z),
         number(0 if equation.detach_reset else 1),
         FORMS[equation.surrogate.name].kernel,
         number(equation.surrogate.parameter),
@@ -214,7 +217,7 @@ def _sum_terms(x, zs, scale, shift, K, extra, spikes, s, lut, t, lo, hi, C):
 @numba.njit(cache=True, error_model="numpy", parallel=True)
 def _forward(
     zs, scales, shifts, K, extra, spikes, v_0, bits, v_T, leak, gain, theta, reset, v_reset, v_rest, strict,
-    C, rows, lut,
+    grid, C, rows, lut,
 ):  # fmt: skip
     T, M, P = bits.shape[0], v_T.size // C, (C + 7) // 8
     for job in prange((M + rows - 1) // rows):
@@ -229,7 +232,7 @@ def _forward(
                 _tile(shift, shifts, K, t)
             _sum_terms(x, zs, scale, shift, K, extra, spikes, s, lut, t, lo, hi, C)
             for i in range(n):
-                u = charge(v[i], x[i], leak, gain, v_rest)
+                u = charge(v[i], x[i], leak, gain, v_rest, grid)
                 f = fires(u, theta, strict)
                 fired[i] = np.uint8(f)
                 v[i] = after_reset(u, f, theta, reset, v_reset)
@@ -331,7 +334,7 @@ def _add_coefficients(out_3, u, s, slope, g, q, v, x, theta, reset, v_reset, v_r
 @numba.njit(cache=True, error_model="numpy")
 def _block_backward(
     g, q_N, zs, scales, shifts, K, extra, spikes, v_0, bits, abc, dx_out, dv_0, sums, sums_3,
-    leak, gain, theta, reset, v_reset, v_rest, a, kind, parameter, pool, shape, strip, image, lo, hi,
+    leak, gain, theta, reset, v_reset, v_rest, grid, a, kind, parameter, pool, shape, strip, image, lo, hi,
     want_3, C, lut,
 ):  # fmt: skip
     """Rows lo .. hi: rebuild the membranes with the spikes that were, walk back, add to the sums or write."""
@@ -352,7 +355,7 @@ def _block_backward(
         if want_3:
             v_all[t] = v
         for i in range(n):
-            u[i] = charge(v[i], x[i], leak, gain, v_rest)
+            u[i] = charge(v[i], x[i], leak, gain, v_rest, grid)
             v[i] = after_reset(u[i], s[i], theta, reset, v_reset)
 
     q = block_state(q_N, lo * C, hi * C)
@@ -423,9 +426,9 @@ def _repeat(row, width):
 
 
 @numba.njit(cache=True, error_model="numpy")
-def _charge_segment(z, scale, shift, v, s, u_out, leak, gain, theta, v_rest):
+def _charge_segment(z, scale, shift, v, s, u_out, leak, gain, theta, v_rest, grid):
     for i in range(z.size):
-        u = charge(v[i], z[i] * scale[i] + shift[i], leak, gain, v_rest)
+        u = charge(v[i], z[i] * scale[i] + shift[i], leak, gain, v_rest, grid)
         u_out[i] = u
         v[i] = after_reset(u, s[i], theta, SOFT, u)
 
@@ -452,7 +455,7 @@ def _sum_segment(g, u, q, z, sum_x, sum_xz, leak, gain, theta, a, parameter):
 
 @numba.njit(cache=True, error_model="numpy")
 def _default_backward(
-    g, q_N, z, scale, shift, v_0, bits, abc, dv_0, sums, leak, gain, theta, v_rest, a, parameter,
+    g, q_N, z, scale, shift, v_0, bits, abc, dv_0, sums, leak, gain, theta, v_rest, grid, a, parameter,
     pool, shape, strip, image, lo, hi, C, lut,
 ):  # fmt: skip
     """`_block_backward` of one branch into soft-reset neurons with the arctangent, in two loops.
@@ -470,7 +473,9 @@ def _default_backward(
         z_n, u_n = z[t, lo * C : hi * C], u_all[t]
         for i in range(0, n, width):
             end = min(n, i + width)
-            _charge_segment(z_n[i:end], scale_W, shift_W, v[i:end], s[i:end], u_n[i:end], leak, gain, theta, v_rest)
+            _charge_segment(
+                z_n[i:end], scale_W, shift_W, v[i:end], s[i:end], u_n[i:end], leak, gain, theta, v_rest, grid
+            )
 
     q = block_state(q_N, lo * C, hi * C)
     rows_W = [_repeat(abc[k, 0], width) if writing else np.zeros(width, dtype) for k in range(3)]
@@ -508,7 +513,7 @@ def _reduce(total, out_KC, C):
 @numba.njit(cache=True, error_model="numpy", parallel=True)
 def _backward(
     g, q_N, zs, scales, shifts, K, extra, spikes, v_0, bits, abc, dx_out, dv_0, sums, sums_3,
-    leak, gain, theta, reset, v_reset, v_rest, a, kind, parameter, pool, shape, blocks, want_3, default, C, lut,
+    leak, gain, theta, reset, v_reset, v_rest, grid, a, kind, parameter, pool, shape, blocks, want_3, default, C, lut,
 ):  # fmt: skip
     height, width, p, _ = shape
     jobs, M, rows = blocks
@@ -523,12 +528,12 @@ def _backward(
             hi = lo + min(p, height - strip * p) * width
         if default:
             _default_backward(
-                g, q_N, zs[0], scales[0], shifts[0], v_0, bits, abc[0], dv_0, sums[job], leak, gain, theta, v_rest, a,
-                parameter, pool, shape, strip, image, lo, hi, C, lut,
+                g, q_N, zs[0], scales[0], shifts[0], v_0, bits, abc[0], dv_0, sums[job], leak, gain, theta, v_rest,
+                grid, a, parameter, pool, shape, strip, image, lo, hi, C, lut,
             )  # fmt: skip
             continue
         _block_backward(
             g, q_N, zs, scales, shifts, K, extra, spikes, v_0, bits, abc, dx_out, dv_0, sums[job], sums_3[job],
-            leak, gain, theta, reset, v_reset, v_rest, a, kind, parameter, pool, shape, strip, image, lo, hi,
+            leak, gain, theta, reset, v_reset, v_rest, grid, a, kind, parameter, pool, shape, strip, image, lo, hi,
             want_3, C, lut,
         )  # fmt: skip

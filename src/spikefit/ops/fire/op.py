@@ -9,7 +9,7 @@ from spikefit.ops import dispatch
 from spikefit.ops.dtype import compute_dtype
 from spikefit.ops.fire import reference
 from spikefit.ops.fire.layout import Current, Grid
-from spikefit.ops.lif.op import Dynamics, choose_backend, flat, numbers, unflat
+from spikefit.ops.lif.op import Dynamics, choose_backend, flat, left_grid, numbers, unflat
 from spikefit.ops.packbits import packed_length
 
 
@@ -156,6 +156,8 @@ def _fire(
         from spikefit.ops.fire import cpu
 
         cpu.forward(current, v_0, bits, v_T, numbers(learned, constants, "numba"), equation)
+        if left_grid(v_T, equation):
+            reference.forward(current, v_0, bits, v_T, grid, Dynamics(equation, constants, None), "reference")
     else:
         reference.forward(current, v_0, bits, v_T, grid, Dynamics(equation, constants, learned), backend)  # type: ignore[arg-type]
     return bits, v_T

@@ -6,6 +6,7 @@ off, so that spikes agree bit for bit.
 """
 
 import math
+from typing import cast
 
 import numba
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from spikefit.ops.lif.equation import RESETS, Equation
+from spikefit.ops.lif.equation import GRID_DIGITS, RESETS, Equation, GridLeak, grid_leak
 from spikefit.ops.surrogate import FORMS
 from spikefit.ops.threads import use_torch_threads
 
@@ -40,7 +41,7 @@ def forward(x_RN: Tensor, v_0: Tensor, spikes_TN: Tensor, v_T: Tensor, coefficie
     use_torch_threads()
     _forward(
         x_RN.numpy(),
-        _values(v_0),
+        values_of(v_0),
         spikes_TN.numpy(),
         v_T.numpy(),
         leak,
@@ -50,7 +51,8 @@ def forward(x_RN: Tensor, v_0: Tensor, spikes_TN: Tensor, v_T: Tensor, coefficie
         number(equation.v_reset),
         number(equation.v_rest),
         equation.strict,
-        _block(1, v_0),
+        grid_numbers(equation, leak, v_0),
+        block_size(1, v_0),
     )
 
 
@@ -90,14 +92,14 @@ def backward(
     form, detached = FORMS[equation.surrogate.name], equation.detach_reset
     # the default neuron works in the memory of dx, with v and q in buffers; the others hold u of all steps
     in_place = form.kernel == ATAN and equation.reset == "soft" and not want_coefficients
-    block = _block(2 if in_place else g_TN.shape[0], v_0)
+    block = block_size(2 if in_place else g_TN.shape[0], v_0)
     sums = np.zeros((-(-v_0.numel() // block), 3))
     use_torch_threads()
     _backward(
         g_TN.numpy(),
-        _values(q),
+        values_of(q),
         x_RN.numpy(),
-        _values(v_0),
+        values_of(v_0),
         (g_TN[:0] if spikes_TN is None else spikes_TN).numpy(),
         dx_TN.numpy(),
         dv_0.numpy(),
@@ -109,6 +111,7 @@ def backward(
         number(equation.v_reset),
         number(equation.v_rest),
         equation.strict,
+        grid_numbers(equation, leak, v_0),
         number(0 if detached else 1),
         form.kernel,
         number(equation.surrogate.parameter),
@@ -119,7 +122,7 @@ def backward(
     return torch.from_numpy(sums.sum(0)).to(v_0.dtype)
 
 
-def _values(v_N: Tensor) -> np.ndarray:
+def values_of(v_N: Tensor) -> np.ndarray:
     """[N], or [1] for one repeated value."""
     return (v_N if v_N.stride(0) else v_N[:1]).numpy()
 
@@ -129,7 +132,16 @@ def number_type(v: Tensor):
     return np.float64 if v.dtype == torch.float64 else np.float32
 
 
-def _block(rows: int, v_0: Tensor) -> int:
+def grid_numbers(equation: Equation, leak: float, v: Tensor) -> tuple:
+    """(1 / step, step, 2^-m, 1 - 2^-m as leak?, range in steps, NaN) of a grid in the compute dtype; 0 without one."""
+    number = number_type(v)
+    if equation.frac_bits is None:
+        return (number(0),) * 6
+    form, scale = cast(GridLeak, grid_leak(float(leak))), 2.0**equation.frac_bits
+    return tuple(map(number, (scale, 1 / scale, 2.0**-form.shift, form.ties, 2.0 ** (GRID_DIGITS - 1), math.nan)))
+
+
+def block_size(rows: int, v_0: Tensor) -> int:
     """Neurons per block that holds `rows` membranes: a multiple of 16, at least 64; small layers still fill 8 cores."""
     most = min(BLOCK_BYTES // (rows * v_0.element_size()), v_0.numel() // 32)
     return max(64, most // 16 * 16)
@@ -154,8 +166,22 @@ def block_state(v_N, lo, hi):
 
 
 @numba.njit(cache=True, error_model="numpy")
-def charge(v, x, leak, gain, v_rest):
+def charge_on_grid(v, x, gain, grid):
+    """The membrane before the reset, `grid` being `grid_numbers`; NaN, which stays, once it leaves the range."""
+    scale, step, inverse, ties, limit, nan = grid
+    whole = np.floor(v * scale)
+    kept = np.floor(whole * inverse)
+    if ties != 0:
+        kept = whole - kept
+    u = kept + np.rint(gain * x * scale)
+    return u * step if abs(u) < limit else nan
+
+
+@numba.njit(cache=True, error_model="numpy")
+def charge(v, x, leak, gain, v_rest, grid):
     """The membrane before the reset."""
+    if grid[0] != 0:
+        return charge_on_grid(v, x, gain, grid)
     return leak * v + gain * x if v_rest == 0 else v_rest + leak * (v - v_rest) + gain * x
 
 
@@ -172,37 +198,37 @@ def after_reset(u, s, theta, reset, v_reset):
 
 
 @numba.njit(cache=True, error_model="numpy")
-def _advance(x, v, s, leak, gain, theta, reset, v_reset, v_rest, strict):
+def _advance(x, v, s, leak, gain, theta, reset, v_reset, v_rest, strict, grid):
     """One step: s <- spikes, v <- membrane after the reset."""
     for i in range(v.size):
-        u = charge(v[i], x[i], leak, gain, v_rest)
+        u = charge(v[i], x[i], leak, gain, v_rest, grid)
         fired = fires(u, theta, strict)
         s[i] = fired
         v[i] = after_reset(u, fired, theta, reset, v_reset)
 
 
 @numba.njit(cache=True, error_model="numpy", parallel=True)
-def _forward(x_RN, v_0, spikes_TN, v_T, leak, gain, theta, reset, v_reset, v_rest, strict, block):
+def _forward(x_RN, v_0, spikes_TN, v_T, leak, gain, theta, reset, v_reset, v_rest, strict, grid, block):
     T, N = spikes_TN.shape
     for b in prange((N + block - 1) // block):
         lo, hi = b * block, min(N, (b + 1) * block)
         v = block_state(v_0, lo, hi)
         for t in range(T):
             x = x_RN[t if x_RN.shape[0] > 1 else 0, lo:hi]
-            _advance(x, v, spikes_TN[t, lo:hi], leak, gain, theta, reset, v_reset, v_rest, strict)
+            _advance(x, v, spikes_TN[t, lo:hi], leak, gain, theta, reset, v_reset, v_rest, strict, grid)
         v_T[lo:hi] = v
 
 
 @numba.njit(cache=True, error_model="numpy")
-def _rebuild(x, v, u, s, given, leak, gain, theta, reset, v_reset, v_rest, strict):
+def _rebuild(x, v, u, s, given, leak, gain, theta, reset, v_reset, v_rest, strict, grid):
     """One step again: u <- membrane before the reset, v <- after it; resets where `s` fired if `given`."""
     if given:
         for i in range(v.size):
-            u[i] = charge(v[i], x[i], leak, gain, v_rest)
+            u[i] = charge(v[i], x[i], leak, gain, v_rest, grid)
             v[i] = after_reset(u[i], s[i], theta, reset, v_reset)
     else:
         for i in range(v.size):
-            charged = charge(v[i], x[i], leak, gain, v_rest)
+            charged = charge(v[i], x[i], leak, gain, v_rest, grid)
             u[i] = charged
             v[i] = after_reset(charged, fires(charged, theta, strict), theta, reset, v_reset)
 
@@ -252,7 +278,7 @@ def to_membrane(g, slope, q, u, fired, theta, reset, v_reset, a):
 
 
 @numba.njit(cache=True, error_model="numpy")
-def _adjoint(u, s, given, slope, g, q, dx, leak, gain, theta, reset, v_reset, strict, a):
+def adjoint(u, s, given, slope, g, q, dx, leak, gain, theta, reset, v_reset, strict, a):
     """One step back: dx <- gain D, q <- leak D."""
     for i in range(u.size):
         fired = s[i] if given else fires(u[i], theta, strict)
@@ -262,7 +288,7 @@ def _adjoint(u, s, given, slope, g, q, dx, leak, gain, theta, reset, v_reset, st
 
 @numba.njit(cache=True, error_model="numpy")
 def _adjoint_soft_atan(u_dx, g, q, leak, gain, theta, a, p):
-    """`_slope` and `_adjoint` of the default neuron in one loop and in place: dL/dx takes the place of the membrane."""
+    """`_slope` and `adjoint` of the default neuron in one loop and in place: dL/dx takes the place of the membrane."""
     for i in range(u_dx.size):
         u = u_dx[i]
         slope = atan_slope(u, theta, p)
@@ -272,7 +298,7 @@ def _adjoint_soft_atan(u_dx, g, q, leak, gain, theta, a, p):
 
 @numba.njit(cache=True, error_model="numpy")
 def _add_sums(out_3, u, s, given, slope, g, q, v, x, theta, reset, v_reset, v_rest, strict, a):
-    """Add the share of one step in d(leak, gain, theta), before `_adjoint`; `v` is where the step starts."""
+    """Add the share of one step in d(leak, gain, theta), before `adjoint`; `v` is where the step starts."""
     d_leak = d_gain = d_theta = 0.0
     for i in range(u.size):
         fired = s[i] if given else fires(u[i], theta, strict)
@@ -292,7 +318,7 @@ def _add_sums(out_3, u, s, given, slope, g, q, v, x, theta, reset, v_reset, v_re
 @numba.njit(cache=True, error_model="numpy", parallel=True)
 def _backward(
     g_TN, q_N, x_RN, v_0, spikes_TN, dx_TN, dv_0, sums,
-    leak, gain, theta, reset, v_reset, v_rest, strict, a, kind, p, block, in_place, want_coefficients,
+    leak, gain, theta, reset, v_reset, v_rest, strict, grid, a, kind, p, block, in_place, want_coefficients,
 ):  # fmt: skip
     T, N = g_TN.shape
     given = spikes_TN.shape[0] > 0
@@ -308,7 +334,7 @@ def _backward(
                 v_all[t] = v
             x, u = x_RN[t if x_RN.shape[0] > 1 else 0, lo:hi], dx_TN[t, lo:hi] if in_place else u_all[t]
             s = spikes_TN[t, lo:hi] if given else u
-            _rebuild(x, v, u, s, given, leak, gain, theta, reset, v_reset, v_rest, strict)
+            _rebuild(x, v, u, s, given, leak, gain, theta, reset, v_reset, v_rest, strict, grid)
 
         q = block_state(q_N, lo, hi)
         for t in range(T - 1, -1, -1):
@@ -322,6 +348,6 @@ def _backward(
             if want_coefficients:
                 x = x_RN[t if x_RN.shape[0] > 1 else 0, lo:hi]
                 _add_sums(sums[b], u, s, given, slope, g, q, v_all[t], x, theta, reset, v_reset, v_rest, strict, a)
-            _adjoint(u, s, given, slope, g, q, dx, leak, gain, theta, reset, v_reset, strict, a)
+            adjoint(u, s, given, slope, g, q, dx, leak, gain, theta, reset, v_reset, strict, a)
         if dv_0.size > 0:
             dv_0[lo:hi] = q

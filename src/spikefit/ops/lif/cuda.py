@@ -8,13 +8,14 @@ runs the kernels on CPU tensors.
 """
 
 import contextlib
+from typing import cast
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from spikefit.ops.lif.equation import Equation
+from spikefit.ops.lif.equation import Equation, GridLeak, grid_leak
 from spikefit.ops.surrogate import FORMS
 
 # Bytes of membrane that all programs of backward hold together, unless one program per multiprocessor needs more.
@@ -30,7 +31,7 @@ def forward(x_RN: Tensor, v_0: Tensor, spikes_TN: Tensor, v_T: Tensor, coefficie
     """
     T, N = spikes_TN.shape
     block = 1024 if N >= WIDE_LAYER else 128
-    with _on(v_0.device):
+    with on(v_0.device):
         _forward_kernel[(triton.cdiv(N, block),)](
             x_RN,
             v_0,
@@ -67,7 +68,7 @@ def backward(
     programs = min(blocks, _programs(v_0.device, T * block * 4))
     scratch = v_0.new_empty(programs * T * block)
     sums = v_0.new_zeros(blocks if want_coefficients else 0, 3)
-    with _on(v_0.device):
+    with on(v_0.device):
         _backward_kernel[(programs,)](
             g_TN,
             q,
@@ -113,7 +114,16 @@ def _variant(x_RN: Tensor, T: int, coefficients, equation: Equation) -> dict[str
         "RESET": equation.reset,
         "RESTING": equation.v_rest != 0,
         "STRICT": equation.strict,
+        **grid_variant(coefficients, equation),
     }
+
+
+def grid_variant(coefficients, equation: Equation) -> dict[str, object]:
+    """The grid as compiled-in choices: 1 / its step (0 for none), 2^m, and whether the leak is 1 - 2^-m."""
+    if equation.frac_bits is None:
+        return {"SCALE": 0.0, "POWER": 1.0, "TIES": False}
+    form = cast(GridLeak, grid_leak(float(coefficients[0])))
+    return {"SCALE": 2.0**equation.frac_bits, "POWER": 2.0**form.shift, "TIES": form.ties}
 
 
 def _programs(device: torch.device, scratch_bytes: int) -> int:
@@ -124,15 +134,34 @@ def _programs(device: torch.device, scratch_bytes: int) -> int:
     return max(processors, min(8 * processors, SCRATCH_BYTES // scratch_bytes))
 
 
-def _on(device: torch.device):
+def on(device: torch.device):
     """Triton launches on the current device, which need not be that of the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @triton.jit
-def _charge(v, x, leak, gain, v_rest, RESTING: tl.constexpr):
-    """Membrane before the reset."""
-    if RESTING:
+def round_on_grid(x, gain, SCALE: tl.constexpr):
+    """gain x in steps of the grid, half to even."""
+    scaled = gain * x * SCALE
+    low = tl.floor(scaled)
+    rest = scaled - low
+    odd = low - 2.0 * tl.floor(low * 0.5)
+    return tl.where((rest > 0.5) | ((rest == 0.5) & (odd == 1.0)), low + 1.0, low)
+
+
+@triton.jit
+def charge(
+    v, x, leak, gain, v_rest, RESTING: tl.constexpr, SCALE: tl.constexpr, POWER: tl.constexpr, TIES: tl.constexpr
+):  # fmt: skip
+    """Membrane before the reset; on a grid (SCALE > 0) NaN, which stays, once it leaves the range."""
+    if SCALE > 0:
+        whole = tl.floor(v * SCALE)
+        kept = tl.floor(whole * (1.0 / POWER))
+        if TIES:
+            kept = whole - kept
+        u = kept + round_on_grid(x, gain, SCALE)
+        u = tl.where(tl.abs(u) < 8388608.0, u * (1.0 / SCALE), float("nan"))  # 2^23
+    elif RESTING:
         u = v_rest + leak * (v - v_rest) + gain * x
     else:
         u = leak * v + gain * x
@@ -140,7 +169,7 @@ def _charge(v, x, leak, gain, v_rest, RESTING: tl.constexpr):
 
 
 @triton.jit
-def _fire(u, theta, STRICT: tl.constexpr):
+def fire(u, theta, STRICT: tl.constexpr):
     """1 where u reaches theta, else 0."""
     if STRICT:
         s = tl.where(u > theta, 1.0, 0.0)
@@ -150,7 +179,7 @@ def _fire(u, theta, STRICT: tl.constexpr):
 
 
 @triton.jit
-def _reset(u, s, theta, v_reset, RESET: tl.constexpr):
+def reset_of(u, s, theta, v_reset, RESET: tl.constexpr):
     """Membrane after the reset."""
     if RESET == "soft":
         v = u - theta * s
@@ -162,7 +191,7 @@ def _reset(u, s, theta, v_reset, RESET: tl.constexpr):
 
 
 @triton.jit
-def _slope(d, p, SLOPE: tl.constexpr):
+def slope_of(d, p, SLOPE: tl.constexpr):
     """Surrogate slope at d = u - theta; SLOPE is `Form.kernel` of the surrogate. NaN stays NaN where torch keeps it."""
     if SLOPE == 0:
         e = 1.5707963267948966 * p * d  # pi / 2
@@ -187,6 +216,7 @@ def _slope(d, p, SLOPE: tl.constexpr):
 def _forward_kernel(
     x_ptr, v_0_ptr, s_ptr, v_T_ptr, learned_ptr, leak, gain, theta, v_reset, v_rest, T, N,
     REPEATED: tl.constexpr, LEARNED: tl.constexpr, RESET: tl.constexpr, RESTING: tl.constexpr, STRICT: tl.constexpr,
+    SCALE: tl.constexpr, POWER: tl.constexpr, TIES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     if LEARNED:
@@ -198,9 +228,9 @@ def _forward_kernel(
     at = n
     for _ in range(T):
         x = tl.load(x_ptr + (n if REPEATED else at), mask=here, other=0.0).to(tl.float32)
-        u = _charge(v, x, leak, gain, v_rest, RESTING)
-        s = _fire(u, theta, STRICT)
-        v = _reset(u, s, theta, v_reset, RESET)
+        u = charge(v, x, leak, gain, v_rest, RESTING, SCALE, POWER, TIES)
+        s = fire(u, theta, STRICT)
+        v = reset_of(u, s, theta, v_reset, RESET)
         tl.store(s_ptr + at, s.to(s_ptr.dtype.element_ty), mask=here)
         at += N
     tl.store(v_T_ptr + n, v, mask=here)
@@ -211,6 +241,7 @@ def _backward_kernel(
     g_ptr, q_ptr, x_ptr, v_0_ptr, s_ptr, dx_ptr, dv_0_ptr, scratch_ptr, sums_ptr,
     learned_ptr, leak, gain, theta, v_reset, v_rest, p, T, N, end,
     REPEATED: tl.constexpr, LEARNED: tl.constexpr, RESET: tl.constexpr, RESTING: tl.constexpr, STRICT: tl.constexpr,
+    SCALE: tl.constexpr, POWER: tl.constexpr, TIES: tl.constexpr,
     ATTACHED: tl.constexpr, SLOPE: tl.constexpr, GIVEN: tl.constexpr, STATE: tl.constexpr, WANT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -226,12 +257,12 @@ def _backward_kernel(
         for _ in range(T):
             tl.store(scratch_ptr + kept, v)
             x = tl.load(x_ptr + (n if REPEATED else at), mask=here, other=0.0).to(tl.float32)
-            u = _charge(v, x, leak, gain, v_rest, RESTING)
+            u = charge(v, x, leak, gain, v_rest, RESTING, SCALE, POWER, TIES)
             if GIVEN:
                 s = tl.load(s_ptr + at, mask=here, other=0.0).to(tl.float32)
             else:
-                s = _fire(u, theta, STRICT)
-            v = _reset(u, s, theta, v_reset, RESET)
+                s = fire(u, theta, STRICT)
+            v = reset_of(u, s, theta, v_reset, RESET)
             at += N
             kept += BLOCK
         tl.debug_barrier()  # a thread may read what another one of this program has written
@@ -245,12 +276,12 @@ def _backward_kernel(
             v = tl.load(scratch_ptr + kept)
             x = tl.load(x_ptr + (n if REPEATED else at), mask=here, other=0.0).to(tl.float32)
             g = tl.load(g_ptr + at, mask=here, other=0.0).to(tl.float32)
-            u = _charge(v, x, leak, gain, v_rest, RESTING)
+            u = charge(v, x, leak, gain, v_rest, RESTING, SCALE, POWER, TIES)
             if GIVEN:
                 s = tl.load(s_ptr + at, mask=here, other=0.0).to(tl.float32)
             else:
-                s = _fire(u, theta, STRICT)
-            slope = _slope(u - theta, p, SLOPE)
+                s = fire(u, theta, STRICT)
+            slope = slope_of(u - theta, p, SLOPE)
             # keep: dv_t / du_t;  c: dv_t / d theta
             if RESET == "soft":
                 keep, c = tl.full([BLOCK], 1.0, tl.float32), -s

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from spikefit.errors import OptionError
 from spikefit.ops.surrogate import Surrogate, parse_surrogate
@@ -91,18 +91,40 @@ def check_grid(frac_bits: int, reset: Reset, v_rest: float) -> None:
         )
 
 
-def shift_of(leak: float) -> int | None:
-    """m of leak = 2^-m, m >= 1; None if it is none such."""
-    mantissa, exponent = math.frexp(leak)
-    return 1 - exponent if mantissa == 0.5 and exponent <= 0 else None
+class GridLeak(NamedTuple):
+    """A leak that whole numbers can run backwards: 2^-m, or 1 - 2^-m with m >= 2.
+
+    Attributes:
+        shift: m.
+        ties: whether the leak is 1 - 2^-m, so that a call loses one tie bit; else it loses m digits.
+    """
+
+    shift: int
+    ties: bool
+
+    @property
+    def digits(self) -> int:
+        """Bits that a call loses per neuron."""
+        return 1 if self.ties else self.shift
+
+
+def grid_leak(leak: float) -> GridLeak | None:
+    """The form of a leak of 2^-m, m >= 1, or 1 - 2^-m, 2 <= m < 23; None if it is none such."""
+    ties = leak > 0.5
+    mantissa, exponent = math.frexp(1 - leak if ties else leak)
+    # digits beyond those of a membrane would all be one
+    if mantissa != 0.5 or exponent > 0 or (ties and 1 - exponent >= GRID_DIGITS - 1):
+        return None
+    return GridLeak(1 - exponent, ties)
 
 
 def check_on_grid(frac_bits: int, leak: float, v_threshold: float) -> None:
-    """Raise OptionError unless leak is a power of two below 1 and v_threshold lies on the grid of 2^-frac_bits."""
-    if shift_of(leak) is None:
+    """Raise OptionError unless leak is 2^-m or 1 - 2^-m and v_threshold lies on the grid of 2^-frac_bits."""
+    if grid_leak(leak) is None:
         raise OptionError(
             f"lif: a membrane on a grid (frac_bits={frac_bits}) needs leak = 1/2, 1/4, 1/8, ... (tau = 2, 4/3, 8/7, "
-            f"...), got leak={leak}; change tau, or leave out frac_bits."
+            f"...) or leak = 3/4, 7/8, 15/16, ... (tau = 4, 8, 16, ...), got leak={leak}; change tau, or leave out "
+            "frac_bits."
         )
     if not float(v_threshold * 2**frac_bits).is_integer():
         raise OptionError(

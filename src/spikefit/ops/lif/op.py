@@ -76,8 +76,9 @@ def lif(
         detach_reset: no gradient through the s inside the reset.
         surrogate: slope of the step, a `Surrogate` or its text, "atan(2)"; see `spikefit.ops.surrogate`.
         frac_bits: round the membrane to the grid of 2^-frac_bits, u_t = floor(leak v_{t-1}) + round(gain x_t), which
-            can be run backwards to the bit; gradients go straight through. Needs leak = 1/2, 1/4, ... and a soft reset.
-        backend: "auto", "reference", "numba" (CPU) or "triton" (CUDA); a grid knows the reference only.
+            can be run backwards to the bit; gradients go straight through. Needs a soft reset and leak = 1/2, 1/4, ...,
+            or 3/4, 7/8, ..., which is rounded up: v - floor(v / 2^m) in steps of the grid, at leak = 1 - 2^-m.
+        backend: "auto", "reference", "numba" (CPU) or "triton" (CUDA).
 
     Returns:
         (s, v_T): spikes in {0, 1}, [T, B, ...] with the dtype and memory order of `x`, and the membrane after the last
@@ -87,6 +88,7 @@ def lif(
         ShapeError: no time or batch axis, T = 0, or an integer input.
         StateError: `v_0` of another shape, dtype or device than `x` asks for.
         OptionError: a coefficient outside its range.
+        RangeError: a membrane that its grid cannot hold exactly.
         BackendError: the backend asked for cannot run this call.
 
     Source: Neftci, Mostafa, Zenke 2019, arXiv:1901.09948.
@@ -273,8 +275,8 @@ def coefficients(
             )
     if tensors and frac_bits is not None:
         raise OptionError(
-            "lif: a membrane on a grid (frac_bits) needs fixed numbers for leak, gain and v_threshold, got learned "
-            "ones; use neuron 'lif', or leave out frac_bits."
+            "lif: a membrane on a grid (frac_bits) needs fixed numbers for leak (2^-m or 1 - 2^-m), gain and "
+            "v_threshold, got learned ones; use neuron 'lif', or leave out frac_bits."
         )
     if not tensors:
         check_coefficients(*given)  # type: ignore[arg-type]
@@ -289,12 +291,14 @@ def choose_backend(x: Tensor, equation: Equation, backend: str) -> str:
     if FORMS[equation.surrogate.name].kernel is None:
         no = f"surrogate {equation.surrogate.name} has no compiled slope."
         return dispatch.choose(backend, triton=no, numba=no)
-    if equation.frac_bits is not None:
-        no = "membranes on a grid (frac_bits) have no compiled kernel."
-        return dispatch.choose(backend, triton=no, numba=no)
     asked = dispatch.resolve(backend)
     triton = dispatch.triton_refusal(x) if asked == "triton" else dispatch.auto_triton_refusal(x)
     return dispatch.choose(backend, triton=triton, numba=dispatch.numba_refusal(x))
+
+
+def left_grid(v_T: Tensor, equation: Equation) -> bool:
+    """Whether a kernel marked membranes that left the range of their grid; the reference says how far they went."""
+    return equation.frac_bits is not None and not bool(v_T.isfinite().all())
 
 
 def flat(equation: Equation) -> tuple[str, float, float, bool, bool, str, float, int | None]:
@@ -404,6 +408,8 @@ def _lif_forward(
         numbers(learned, (leak, gain, v_threshold), backend),
         equation,
     )
+    if left_grid(v_T, equation):
+        reference.lif(x, v_0, leak=leak, gain=gain, v_threshold=v_threshold, equation=equation)
     return spikes, v_T
 
 

@@ -6,12 +6,15 @@ dtype. Simple on purpose: the kernels are tested against this file.
 Source: Neftci, Mostafa, Zenke 2019, arXiv:1901.09948; the equations stand in `Equation`.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from spikefit.errors import StateError
-from spikefit.ops.lif.equation import GRID_DIGITS, Equation
+from spikefit.errors import RangeError
+from spikefit.ops.lif.equation import GRID_DIGITS, Equation, GridLeak, grid_leak
+from spikefit.ops.lif.grid_arithmetic import leaked, lost, unleaked
 from spikefit.ops.surrogate import Surrogate
 
 Scalar = float | Tensor
@@ -42,27 +45,44 @@ def charge(x: Tensor, v: Tensor, leak: Scalar, gain: Scalar, equation: Equation)
     return equation.v_rest + leak * (v - equation.v_rest) + gain * x
 
 
+class StraightThrough(torch.autograd.Function):
+    """`rounded`, with the gradient of `exact`."""
+
+    @staticmethod
+    def forward(ctx, exact: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.clone()
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        return g, None
+
+
 def _charge_on_grid(x: Tensor, v: Tensor, leak: Scalar, gain: Scalar, frac_bits: int) -> Tensor:
-    """u = floor(leak v) + round(gain x) on the grid of 2^-frac_bits; the gradient is that without rounding.
+    """u = `leaked`(v) + round(gain x) on the grid of 2^-frac_bits; the gradient is that without rounding.
 
     Sums of numbers on the grid are exact as long as they have at most 24 digits, which is checked.
     """
-    unit = 2.0**-frac_bits
-    kept, new = leak * v, gain * x
-    u = kept + (torch.floor(kept.detach() / unit) * unit - kept.detach())
-    u = u + (new + (torch.round(new.detach() / unit) * unit - new.detach()))
-    _check_range(u.detach(), frac_bits)
+    unit, form = 2.0**-frac_bits, cast(GridLeak, grid_leak(float(leak)))
+    kept = StraightThrough.apply(leak * v, leaked(torch.floor(v.detach() / unit), form) * unit)
+    u = kept + StraightThrough.apply(gain * x, rounded(gain * x.detach(), frac_bits))
+    check_range(u.detach(), frac_bits)
     return u
 
 
-def _check_range(u: Tensor, frac_bits: int) -> None:
+def rounded(x: Tensor, frac_bits: int) -> Tensor:
+    """The nearest multiple of 2^-frac_bits, half to even."""
+    return torch.round(x * 2.0**frac_bits) * 2.0**-frac_bits
+
+
+def check_range(u: Tensor, frac_bits: int) -> None:
+    """Raise RangeError unless the membranes `u` have few enough digits for exact sums."""
     limit = 2.0 ** (GRID_DIGITS - 1 - frac_bits)
     # a tensor without values has none to check
     if isinstance(u, FakeTensor) or u.is_meta or torch.compiler.is_compiling():
         return
     largest = float(u.abs().amax()) if u.numel() else 0.0
     if not largest < limit:
-        raise StateError(
+        raise RangeError(
             f"lif: expected membranes below {limit:g}, what a grid of 2^-{frac_bits} holds exactly, got {largest:g}; "
             "lower frac_bits, or normalise the input."
         )
@@ -113,34 +133,79 @@ def follow(
 
 
 def undo(
-    x_BN: Tensor,
-    v_BN: Tensor,
-    s_BN: Tensor,
-    remainder_BN: Tensor | None = None,
-    *,
-    leak: Scalar,
-    gain: Scalar,
-    v_threshold: Scalar,
-    equation: Equation,
+    x_BN: Tensor, v_BN: Tensor, s_BN: Tensor, *, leak: Scalar, gain: Scalar, v_threshold: Scalar, equation: Equation
 ) -> Tensor:
-    """The membrane [B, N] before a step with a soft reset, from the one after it.
+    """The membrane [B, N] before a step with a soft reset, from the one after it; on a grid `undo_on_grid`.
 
         u = v' + theta s,   v = (u - gain x - (1 - leak) v_rest) / leak
 
-    Rounding grows by 1/leak. On a grid the floor of leak v loses `remainder`, the last digits of v, which give it back
-    to the bit.
+    Rounding grows by 1/leak.
     """
     u_BN = v_BN + v_threshold * s_BN.to(v_BN.dtype)
-    if equation.frac_bits is None:
-        return (u_BN - gain * x_BN.to(v_BN.dtype) - equation.v_rest) / leak + equation.v_rest
-    unit = 2.0**-equation.frac_bits
-    kept_BN = u_BN - torch.round(gain * x_BN.to(v_BN.dtype) / unit) * unit
-    return kept_BN / leak + (0 if remainder_BN is None else remainder_BN.to(v_BN.dtype) * unit)
+    return (u_BN - gain * x_BN.to(v_BN.dtype) - equation.v_rest) / leak + equation.v_rest
 
 
-def remainder(v_BN: Tensor, shift: int, frac_bits: int) -> Tensor:
-    """The last `shift` binary digits of membranes on the grid of 2^-frac_bits, [B, N] uint8."""
-    return torch.remainder(v_BN * 2.0**frac_bits, 2.0**shift).to(torch.uint8)
+def undo_on_grid(
+    x_BN: Tensor,
+    v_BN: Tensor,
+    s_BN: Tensor,
+    lost_BN: Tensor,
+    *,
+    leak: float,
+    gain: float,
+    v_threshold: float,
+    equation: Equation,
+) -> tuple[Tensor, Tensor]:
+    """(u, membrane before the step) [B, N] to the bit, from the membrane after it and what the leak lost."""
+    f, form = cast(int, equation.frac_bits), cast(GridLeak, grid_leak(leak))
+    u_BN = v_BN + v_threshold * s_BN.to(v_BN.dtype)
+    kept_BN = (u_BN - rounded(gain * x_BN.to(v_BN.dtype), f)) * 2.0**f
+    return u_BN, unleaked(kept_BN, lost_BN, form) * 2.0**-f
+
+
+def lif_on_grid(
+    x_TBN: Tensor, v_BN: Tensor, *, leak: float, gain: float, v_threshold: float, equation: Equation
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run T steps without a graph; returns (spikes [T, B, N], last membrane [B, N], what the leak lost [T, B, N])."""
+    f, form = cast(int, equation.frac_bits), cast(GridLeak, grid_leak(leak))
+    spikes, digits = [], []
+    for x_BN in x_TBN.unbind(0):
+        digits.append(lost(torch.floor(v_BN * 2.0**f), form))
+        u_BN = charge(x_BN, v_BN, leak, gain, equation)
+        s_BN = fire(u_BN, v_threshold, equation)
+        v_BN = after_reset(u_BN, s_BN, v_threshold, equation)
+        spikes.append(s_BN.to(x_TBN.dtype))
+    return torch.stack(spikes), v_BN, torch.stack(digits)
+
+
+def lif_on_grid_backward(
+    g_TBN: Tensor,
+    q_BN: Tensor,
+    x_TBN: Tensor,
+    v_T: Tensor,
+    spikes_TBN: Tensor,
+    lost_TBN: Tensor,
+    *,
+    leak: float,
+    gain: float,
+    v_threshold: float,
+    equation: Equation,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The adjoint of a soft reset (`lif_backward`) while the steps are undone from the last membrane on.
+
+    Returns (dx [T, B, N], dv_0 [B, N], v_0 [B, N]); no membrane but the one at hand exists.
+    """
+    a, theta, options = 0.0 if equation.detach_reset else 1.0, v_threshold, {"leak": leak, "gain": gain}
+    dx, q_BN, v_BN = torch.empty_like(x_TBN), q_BN.to(v_T.dtype), v_T
+    for t in reversed(range(len(x_TBN))):
+        u_BN, v_BN = undo_on_grid(
+            x_TBN[t], v_BN, spikes_TBN[t], lost_TBN[t], **options, v_threshold=theta, equation=equation
+        )
+        slope = equation.surrogate.slope(u_BN - theta)
+        du_BN = g_TBN[t].to(v_T.dtype) * slope + q_BN * (1 - a * theta * slope)
+        dx[t] = (gain * du_BN).to(dx.dtype)
+        q_BN = leak * du_BN
+    return dx, q_BN, v_BN
 
 
 def lif_backward(

@@ -12,7 +12,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from spikefit.ops.lif.cpu import after_reset, charge, fill_slope, fires, number_type
+from spikefit.ops.lif.cpu import after_reset, fill_slope, fires, number_type
 from spikefit.ops.lif.equation import RESETS
 from spikefit.ops.node.equation import TwoGroups
 from spikefit.ops.surrogate import FORMS
@@ -148,14 +148,13 @@ def _count(S, theta, n, sums_2):
 @numba.njit(cache=True, error_model="numpy")
 def _step(S, alpha, beta, leak, kappa, theta, v_reset, reset):
     """One step: A (inputs) -> X (outputs), V and U, all in the scratch."""
-    zero = theta - theta
     for i in range(WIDTH):
         x1, x2, v1, v2 = S[A1 + i], S[A2 + i], S[V1 + i], S[V2 + i]
-        u1 = charge(v1, x1, leak, kappa, zero)
+        u1 = leak * v1 + kappa * x1
         s1 = fires(u1, theta, False)
         y1 = s1 + beta * x2
         w1 = after_reset(u1, s1, theta, reset, v_reset) + alpha * v2
-        u2 = charge(w1, y1, leak, kappa, zero)
+        u2 = leak * w1 + kappa * y1
         s2 = fires(u2, theta, False)
         S[X1 + i], S[X2 + i] = y1, s2 + beta * x1
         S[V1 + i], S[V2 + i] = w1, after_reset(u2, s2, theta, reset, v_reset) + alpha * v1
@@ -165,14 +164,13 @@ def _step(S, alpha, beta, leak, kappa, theta, v_reset, reset):
 @numba.njit(cache=True, error_model="numpy")
 def _undo(S, alpha, beta, leak, kappa, theta, v_reset, reset):
     """One step backwards: A (outputs) -> X (inputs), V and U, all in the scratch."""
-    zero = theta - theta
     for i in range(WIDTH):
         y1, y2, w1, w2 = S[A1 + i], S[A2 + i], S[V1 + i], S[V2 + i]
-        u2 = charge(w1, y1, leak, kappa, zero)
+        u2 = leak * w1 + kappa * y1
         s2 = fires(u2, theta, False)
         x1 = (y2 - s2) / beta
         v1 = (w2 - after_reset(u2, s2, theta, reset, v_reset)) / alpha
-        u1 = charge(v1, x1, leak, kappa, zero)
+        u1 = leak * v1 + kappa * x1
         s1 = fires(u1, theta, False)
         S[X1 + i], S[X2 + i] = x1, (y1 - s1) / beta
         S[V1 + i], S[V2 + i] = v1, (w1 - after_reset(u1, s1, theta, reset, v_reset)) / alpha

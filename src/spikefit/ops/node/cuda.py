@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spikefit.ops.lif.cuda import _fire, _on, _reset, _slope
+from spikefit.ops.lif.cuda import fire, on, reset_of, slope_of
 from spikefit.ops.node.equation import TwoGroups
 from spikefit.ops.surrogate import FORMS
 
@@ -25,7 +25,7 @@ def forward(
     """As `cpu.forward`."""
     T, N = x_TN.shape
     sums = _sums(x_TN, counts)
-    with _on(v_0.device):
+    with on(v_0.device):
         _forward_kernel[(_blocks(N),)](
             x_TN, v_0, y_TN, v_T, u_TN, anchors_AN, sums, run, T, N // 2, N, every, anchors_AN.shape[0],
             *_numbers(node), RESET=node.equation.reset, KEEP=u_TN.numel() > 0, ANCHORS=anchors_AN.numel() > 0,
@@ -41,7 +41,7 @@ def streamlined(
     """As `cpu.streamlined`."""
     T, N = g_TN.shape
     sums = _sums(g_TN, counts)
-    with _on(v_T.device):
+    with on(v_T.device):
         _streamlined_kernel[(_blocks(N),)](
             g_TN, q, y_TN, v_T, anchors_AN, dx_TN, dv_0, sums, run, T, N // 2, N, every, anchors_AN.shape[0],
             *_numbers(node), node.equation.surrogate.parameter, **_variant(node), ANCHORS=anchors_AN.numel() > 0,
@@ -54,7 +54,7 @@ def inverse(y_TN: Tensor, w: Tensor, x_TN: Tensor, v: Tensor, counts: Tensor, ru
     """As `cpu.inverse`."""
     T, N = y_TN.shape
     sums = _sums(y_TN, counts)
-    with _on(w.device):
+    with on(w.device):
         _inverse_kernel[(_blocks(N),)](
             y_TN, w, x_TN, v, sums, run, T, N // 2, N, *_numbers(node), RESET=node.equation.reset,
             COUNT=counts.numel() > 0, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
@@ -65,7 +65,7 @@ def inverse(y_TN: Tensor, w: Tensor, x_TN: Tensor, v: Tensor, counts: Tensor, ru
 def adjoint(g_TN: Tensor, q: Tensor, u_TN: Tensor, dx_TN: Tensor, dv_0: Tensor, run: int, node: TwoGroups) -> None:
     """As `cpu.adjoint`."""
     T, N = g_TN.shape
-    with _on(q.device):
+    with on(q.device):
         _adjoint_kernel[(_blocks(N),)](
             g_TN, q, u_TN, dx_TN, dv_0, run, T, N // 2, N, *_numbers(node), node.equation.surrogate.parameter,
             **_variant(node), BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
@@ -120,8 +120,8 @@ def _kept(steps, every, anchors, N, here):
 def _phi(x, v, leak, kappa, theta, v_reset, RESET: tl.constexpr):
     """Charge, fire and reset of one group: (s, r, u)."""
     u = leak * v + kappa * x
-    s = _fire(u, theta, False)
-    return s, _reset(u, s, theta, v_reset, RESET), u
+    s = fire(u, theta, False)
+    return s, reset_of(u, s, theta, v_reset, RESET), u
 
 
 @triton.jit
@@ -137,7 +137,7 @@ def _undo(y1, y2, w1, w2, alpha, beta, leak, kappa, theta, v_reset, RESET: tl.co
 @triton.jit
 def _through(u, s, theta, v_reset, p, RESET: tl.constexpr, ATTACHED: tl.constexpr, SLOPE: tl.constexpr):
     """The slopes of spike and reset in u."""
-    slope = _slope(u - theta, p, SLOPE)
+    slope = slope_of(u - theta, p, SLOPE)
     if RESET == "soft":
         keep = slope * 0.0 + 1.0
         if ATTACHED:
@@ -270,7 +270,7 @@ def _adjoint_kernel(
         u2 = tl.load(u_ptr + at + second, mask=here, other=0.0)
         g1 = tl.load(g_ptr + at + first, mask=here, other=0.0)
         g2 = tl.load(g_ptr + at + second, mask=here, other=0.0)
-        s1, s2 = _fire(u1, theta, False), _fire(u2, theta, False)
+        s1, s2 = fire(u1, theta, False), fire(u2, theta, False)
         dx1, dx2, q1, q2 = _pull(
             g1, g2, q1, q2, s1, s2, u1, u2, alpha, beta, leak, kappa, theta, v_reset, p, RESET, ATTACHED, SLOPE
         )
