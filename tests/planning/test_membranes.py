@@ -235,6 +235,20 @@ def test_layers_of_one_membrane_that_differ_have_no_bytes_of_running_backwards()
     assert found.kept["replay"] is not None
 
 
+@pytest.mark.parametrize("name", ["revsresnet21", "revsformer_2_384"])
+def test_neurons_that_stand_alone_count_too(name):
+    options = {"width": 1 / 16} if name == "revsresnet21" else {"channels": 16, "heads": 2}
+    model = create_model(name, input_shape=(3, 16, 16), **options)
+    found = counted(model, torch.zeros(3, 2, 3, 16, 16))
+    membranes = sum(4 * v.numel() for v in leaves(model.init_state(2)))
+    assert found.forward == membranes
+    # a neuron of two streams is visited once a step
+    assert found.kept["bptt"] == 3 * membranes
+    rebuilt = [found.kept[strategy] for strategy in ("replay", "inverse", "integer")]
+    # the tokenizer of the transformer is made of units
+    assert all(count is None for count in rebuilt) if name == "revsresnet21" else rebuilt[0] < found.kept["bptt"]
+
+
 SMALL = {
     "vgg16": {"width": 1 / 16, "input_shape": (3, 16, 16)},
     "resnet19": {"width": 1 / 16, "input_shape": (3, 8, 8)},

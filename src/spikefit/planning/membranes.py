@@ -78,6 +78,8 @@ def membrane_bytes(network: SpikingNetwork, currents: Currents, dtype: torch.dty
         integer         spikes as bits, the last membrane and per call m bits at leak = 2^-m, 1 bit at 1 - 2^-m;
                         rebuilt: the membranes of a stage, and a byte for what each call of a piece lost
 
+    Neurons that stand alone, or in blocks of two streams, keep their u under all of them.
+
     Args:
         network: its chain tells who shares what.
         currents: what every neuron got.
@@ -85,7 +87,8 @@ def membrane_bytes(network: SpikingNetwork, currents: Currents, dtype: torch.dty
     """
     stages = _membranes(network, currents, dtype)
     found = [m for stage in stages for m in stage]
-    kept: dict[str, int | None] = {"bptt": sum(m.calls * m.bytes for m in found)}
+    alone, alone_kept = _alone(network, currents, dtype)
+    kept: dict[str, int | None] = {"bptt": sum(m.calls * m.bytes for m in found) + alone_kept}
     peak = dict(kept)
     chosen = network.strategy
     inverse = read_inverse(chosen.option if chosen.name == "inverse" else None)
@@ -96,9 +99,11 @@ def membrane_bytes(network: SpikingNetwork, currents: Currents, dtype: torch.dty
     ):
         name = rebuild.name
         try:
+            if not stages:
+                raise StrategyError(f"{name}: the network has no block of neurons that can be rebuilt.")
             for stage in _stages(network):
                 stage.check(rebuild, any_grid=True)
-            held = sum(m.bits + beside(m) for m in found)
+            held = sum(m.bits + beside(m) for m in found) + alone_kept
         except StrategyError:
             kept[name] = peak[name] = None
             continue
@@ -107,7 +112,20 @@ def membrane_bytes(network: SpikingNetwork, currents: Currents, dtype: torch.dty
     every = set() if kept["inverse"] is None else {inverse.distance(m.leak, dtype) for m in found}
     neurons = [neuron_of(layer) for stage in _stages(network) for layer in stage.layers]
     assumes_grid = kept["integer"] is not None and any(neuron.frac_bits is None for neuron in neurons)
-    return MembraneBytes(sum(m.bytes for m in found), kept, peak, sorted(every), assumes_grid)
+    return MembraneBytes(sum(m.bytes for m in found) + alone, kept, peak, sorted(every), assumes_grid)
+
+
+def _alone(network: SpikingNetwork, currents: Currents, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of the membranes that belong to no stage, and of all their u: no strategy here rebuilds them."""
+    in_stages = {neuron_of(layer) for stage in _stages(network) for layer in stage.layers}
+    forward = kept = 0
+    for path, module in network.named_modules():
+        if path in currents and module not in in_stages:
+            calls = currents[path]
+            sequence = torch.Size(calls[0][1:]).numel() * dtype.itemsize
+            forward += sequence // module.groups  # type: ignore[operator]
+            kept += sum(call[0] for call in calls) * sequence
+    return forward, kept
 
 
 def _stages(network: SpikingNetwork) -> list[SharedStage]:
