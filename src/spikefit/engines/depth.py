@@ -16,6 +16,7 @@ from spikefit.layers import SpikingUnit, frozen_statistics
 from spikefit.layers.chain import State, run_blocks
 from spikefit.layers.shared import SharedStage
 from spikefit.ops.dispatch import resolve, use_backend
+from spikefit.ops.values import has_values
 
 KEEP_OPTIONS = ("auto", "input", "spikes")
 # Multiply-accumulates per value of z up to which "auto" runs a weight again instead of keeping z: a first layer of
@@ -141,9 +142,7 @@ Mark = tuple[Tensor, Tensor]
 
 def _mark(x: Tensor) -> Mark | None:
     """A few numbers by which a sequence is known again; None in a prediction, where nothing has a value."""
-    from torch._subclasses.fake_tensor import FakeTensor  # here, because torch then loads its compiler
-
-    if isinstance(x, FakeTensor):
+    if not has_values(x):
         return None
     x = x.detach().flatten(1)
     weights = torch.linspace(-1, 1, x.shape[1], dtype=torch.float64, device=x.device)

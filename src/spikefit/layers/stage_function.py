@@ -18,24 +18,23 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from spikefit.errors import StrategyError, named
 from spikefit.layers.branch import filled, template_of, tensors_of
-from spikefit.layers.norm import BatchNorm, frozen_statistics
 from spikefit.layers.packed import PackedSpikes, Spikes, pooled_space
 from spikefit.layers.rebuild import Rebuild, check_bound, digits_of, neuron_of
+from spikefit.layers.recompute import Surroundings, tensors_read
 from spikefit.layers.unit import Layer, SpikingUnit, pool_spikes
 from spikefit.neurons import SpikingNeuron
-from spikefit.ops.dispatch import resolve, use_backend
 from spikefit.ops.dtype import compute_dtype
 from spikefit.ops.lif import lif, lif_backward
 from spikefit.ops.lif.grid_op import lif_on_grid, lif_on_grid_backward
 from spikefit.ops.lif.op import checked_state, dynamics_of
 from spikefit.ops.lif.reference import follow, undo
 from spikefit.ops.packbits import pack, unpack
+from spikefit.ops.values import has_values
 
 
 class Flow(NamedTuple):
@@ -65,7 +64,7 @@ def run_rebuilt(
 ) -> tuple[PackedSpikes, list[Tensor | None]]:
     """Run the layers of `flow` from membranes `v`; returns (spikes of the last layer, membranes)."""
     cells = [_Cell(layer) for layer in flow.layers]
-    tensors = [cell.tensors() for cell in cells]
+    tensors = [tensors_read(cell) for cell in cells]
     call = _Call(flow, rebuild, cells, [list(t) for t in tensors], template_of(x), len(v))
     carrier, bits, *after = _Rebuilt.apply(call, *tensors_of(x), *v, *(t for named in tensors for t in named.values()))
     last, shape = flow.layers[-1], after[flow.membranes[-1]].shape
@@ -83,14 +82,6 @@ class _Cell(nn.Module):
     def forward(self, source: Tensor | None, shortcut: Tensor | None = None) -> Any:
         """The current [T, B, C, ...]; without a source (leak, gain) of the neuron."""
         return neuron_of(self.layer).coefficients() if source is None else self.layer.current(source, shortcut)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What the results depend on: parameters, and running statistics where the norms use them."""
-        named: dict[str, Tensor] = dict(self.named_parameters())
-        for path, module in self.named_modules():
-            if isinstance(module, BatchNorm) and not module.training:
-                named |= {f"{path}.{key}": getattr(module, key) for key in ("running_mean", "running_var")}
-        return named
 
 
 class _Call(NamedTuple):
@@ -127,13 +118,11 @@ class _Rebuilt(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: _Call, source, source_bits, *tensors):
         v_0, flat = tensors[: call.membranes], tensors[call.membranes :]
-        device = source.device.type
         walk = _Forward(call, filled(call.template, source, source_bits), list(v_0), call.named(flat))
         kept, v_T = walk.run()
         saved, ctx.spec = tree_flatten((source, source_bits, v_0, kept, flat))
         ctx.save_for_backward(*saved)
-        ctx.call, ctx.device, ctx.backend, ctx.dtype = call, device, resolve("auto"), walk.currents[-1].dtype
-        ctx.autocast = {"enabled": torch.is_autocast_enabled(device), "dtype": torch.get_autocast_dtype(device)}
+        ctx.call, ctx.dtype, ctx.surroundings = call, walk.currents[-1].dtype, Surroundings.now(source.device.type)
         ctx.shapes = [tuple(c.shape[1:]) for c in walk.currents]
         ctx.mark_non_differentiable(kept.bits[-1])
         ctx.set_materialize_grads(False)
@@ -149,7 +138,7 @@ class _Rebuilt(torch.autograd.Function):
             )
         if g is None and all(one is None for one in q):
             return (None,) * len(ctx.needs_input_grad)
-        with torch.autocast(ctx.device, **ctx.autocast), use_backend(ctx.backend), frozen_statistics(ctx.call.cells):
+        with ctx.surroundings.again(ctx.call.cells):
             return None, *_Backward(ctx, g, list(q)).run()
 
 
@@ -249,7 +238,7 @@ class _Forward:
         """Raise StrategyError if membranes went beyond what the bound of the inverse was checked for."""
         for i, (name, layer) in enumerate(zip(self.flow.names, self.flow.layers, strict=True)):
             seen = self.largest[self.flow.membranes[i]]
-            if not isinstance(seen[0], FakeTensor):
+            if has_values(seen[0]):
                 dtype = cast(Tensor, self.v[self.flow.membranes[i]]).dtype
                 leak = float(neuron_of(layer).coefficients()[0])
                 check_bound(name, leak, self.call.rebuild, float(torch.stack(seen).amax()), dtype)

@@ -123,7 +123,7 @@ def _alone(network: SpikingNetwork, currents: Currents, dtype: torch.dtype) -> t
         if path in currents and module not in in_stages:
             calls = currents[path]
             sequence = torch.Size(calls[0][1:]).numel() * dtype.itemsize
-            forward += sequence // module.groups  # type: ignore[operator]
+            forward += sequence // module.groups
             kept += sum(call[0] for call in calls) * sequence
     return forward, kept
 

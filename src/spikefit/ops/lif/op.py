@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from spikefit.errors import BackendError, OptionError, ShapeError, StateError
 from spikefit.ops import dispatch
@@ -13,6 +12,7 @@ from spikefit.ops.lif import reference
 from spikefit.ops.lif.equation import Equation, check_coefficients, check_on_grid
 from spikefit.ops.lif.reference import Scalar
 from spikefit.ops.surrogate import FORMS, Surrogate, atan
+from spikefit.ops.values import has_values
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -196,8 +196,8 @@ def retrace(
 
 def _in_range(learned: Tensor) -> tuple[Tensor, ...]:
     """(leak, gain, v_threshold) [0-d], checked where reading them costs nothing."""
-    # a GPU would have to be waited for, and a tensor without values has none to check
-    if not torch.compiler.is_compiling() and learned.device.type == "cpu" and not isinstance(learned, FakeTensor):
+    # a GPU would have to be waited for
+    if learned.device.type == "cpu" and has_values(learned):
         check_coefficients(*learned.tolist())
     return learned.unbind()
 

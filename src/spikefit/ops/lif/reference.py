@@ -10,12 +10,12 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from spikefit.errors import RangeError
 from spikefit.ops.lif.equation import GRID_DIGITS, Equation, GridLeak, grid_leak
 from spikefit.ops.lif.grid_arithmetic import leaked, lost, unleaked
 from spikefit.ops.surrogate import Surrogate
+from spikefit.ops.values import has_values
 
 Scalar = float | Tensor
 
@@ -77,10 +77,9 @@ def rounded(x: Tensor, frac_bits: int) -> Tensor:
 def check_range(u: Tensor, frac_bits: int) -> None:
     """Raise RangeError unless the membranes `u` have few enough digits for exact sums."""
     limit = 2.0 ** (GRID_DIGITS - 1 - frac_bits)
-    # a tensor without values has none to check
-    if isinstance(u, FakeTensor) or u.is_meta or torch.compiler.is_compiling():
+    if not has_values(u):
         return
-    largest = float(u.abs().amax()) if u.numel() else 0.0
+    largest = float(u.abs().amax())
     if not largest < limit:
         raise RangeError(
             f"lif: expected membranes below {limit:g}, what a grid of 2^-{frac_bits} holds exactly, got {largest:g}; "
