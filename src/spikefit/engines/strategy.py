@@ -12,6 +12,7 @@ from spikefit.engines.plan import Plan
 from spikefit.errors import StrategyError
 from spikefit.layers import SpikingUnit
 from spikefit.layers.rebuild import Rebuild
+from spikefit.ops.node.equation import SAFE_GROWTH
 
 # What a network runs one after the other: blocks, and stages whose layers share a membrane.
 Chain = list[Any]
@@ -145,6 +146,7 @@ STRATEGIES: dict[str, StrategyKind] = {
         False,
         node.run_reversing("streamlined"),
         node.check_reversal("streamlined"),
+        accepts=lambda option: SAFE_GROWTH,
         check_chain=node.check_two_group("streamlined"),
     ),
     "generic": StrategyKind(
@@ -152,6 +154,7 @@ STRATEGIES: dict[str, StrategyKind] = {
         False,
         node.run_reversing("generic"),
         node.check_reversal("generic"),
+        accepts=lambda option: SAFE_GROWTH,
         check_chain=node.check_two_group("generic"),
     ),
 }
