@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.support import dyadic, saved_bytes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -12,6 +11,7 @@ from spikefit.layers.coupling import couple, largest, on_grid, uncouple
 from spikefit.layers.reversible_function import checksum, run_reversible
 from spikefit.layers.two_streams import halves, side_by_side
 from spikefit.neurons import LIF
+from support import dyadic, saved_bytes
 
 
 def dense(width=4, norm="step_bn", *more):

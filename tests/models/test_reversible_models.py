@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from tests.support import saved_bytes
 
 from spikefit import create_model, use_strategy
 from spikefit.errors import OptionError, StrategyError
@@ -12,6 +11,7 @@ from spikefit.layers import SpikingAttention, TwoStreams
 from spikefit.losses import create_loss
 from spikefit.models.table import PRESETS
 from spikefit.planning import profile, verify
+from support import saved_bytes
 
 # parameters at 10 and 100 classes
 SIZES = {
