@@ -14,7 +14,7 @@ from spikefit.ops.dispatch import installed, use_backend
 from spikefit.planning.memory import predicted_bytes
 from support import backends_called
 
-# "integer" is exact for neurons on a grid only, which tests/layers/test_shared.py has, and "reversible" runs blocks of two
+# "integer" is exact for neurons on a grid only, which tests/layers/test_shared.py has; "reversible" runs blocks of two
 # streams, which tests/models/test_reversible_models.py has
 EXACT = [name for name, kind in STRATEGIES.items() if kind.exact and name not in ("bptt", "integer", "reversible")]
 EXACT += ["checkpoint:1", "checkpoint:3", "lean:input", "lean:spikes"]
