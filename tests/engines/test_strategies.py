@@ -12,11 +12,15 @@ from spikefit.models import SpikingNetwork, create_model, use_strategy
 from spikefit.neurons import LIF
 from spikefit.ops.dispatch import installed, use_backend
 from spikefit.planning.memory import predicted_bytes
-from support import backends_called
+from support import backends_called, saved_bytes
 
 # "integer" is exact for neurons on a grid only, which tests/layers/test_shared.py has; "reversible" runs blocks of two
-# streams, which tests/models/test_reversible_models.py has
-EXACT = [name for name, kind in STRATEGIES.items() if kind.exact and name not in ("bptt", "integer", "reversible")]
+# streams, which tests/models/test_reversible_models.py has; "step_checkpoint" needs norms per step, below
+EXACT = [
+    name
+    for name, kind in STRATEGIES.items()
+    if kind.exact and name not in ("bptt", "integer", "reversible", "step_checkpoint")
+]
 EXACT += ["checkpoint:1", "checkpoint:3", "lean:input", "lean:spikes"]
 CASES = {
     "vgg6": {"input_shape": (3, 8, 8), "width": 0.125},
@@ -47,6 +51,52 @@ def test_matches_bptt(name, strategy):
     for key, buffer in wanted[2].items():
         assert torch.equal(got[2][key], buffer), key
     assert torch.equal(got[3], wanted[3])
+
+
+STEPPED = {
+    "vgg6": {"input_shape": (3, 8, 8), "width": 0.125, "norm": "step_bn"},
+    "har_mlp": {"hidden": 16, "share": "layer"},
+    "resnet19": {"width": 1 / 32, "input_shape": (3, 8, 8), "norm": "ws"},
+    "revsresnet21": {"width": 1 / 16, "input_shape": (3, 8, 8), "norm": "step_bn"},
+}
+
+
+@pytest.mark.parametrize("strategy", ["step_checkpoint", "step_checkpoint:3"])
+@pytest.mark.parametrize("name", STEPPED)
+def test_checkpoints_in_time(name, strategy):
+    """Output, gradients and statistics are those of bptt; what is kept grows by the states between pieces alone."""
+    steps = []
+    for chosen in ("bptt", strategy):
+        torch.manual_seed(0)
+        model = create_model(name, **STEPPED[name], strategy=chosen).double()
+        x = torch.randn(7, 2, *model.input_shape, dtype=torch.float64, requires_grad=True)
+        out = model(x)
+        found = torch.autograd.grad(out.square().mean(), [x, *model.parameters()])
+        steps.append((out.detach(), found, list(model.buffers())))
+    (wanted, d_wanted, buffers), (got, d_got, others) = steps
+    assert torch.equal(got, wanted)
+    for a, b in zip(d_got, d_wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    for a, b in zip(others, buffers, strict=True):
+        assert torch.equal(a, b)
+
+    model = create_model(name, **STEPPED[name], strategy=strategy)
+    every = int(strategy.partition(":")[2] or 1)
+    held = [saved_bytes(lambda T=T: model(torch.zeros(T, 2, *model.input_shape))) for T in (2 * every, 4 * every)]
+    leaves = [v for v in torch.utils._pytree.tree_flatten(model.init_state(2))[0] if v is not None]
+    states = sum(v.numel() * v.element_size() for v in leaves)
+    sample = 4 * 2 * torch.Size(model.input_shape).numel()
+    # two more states, and the input
+    assert held[1] - held[0] == 2 * states + 2 * every * sample
+
+
+def test_what_cannot_be_stepped_is_not_checkpointed_in_time():
+    with pytest.raises(StrategyError, match=r"blocks\.0\.norm normalises over the whole sequence; use norm='step_bn'"):
+        create_model("vgg6", strategy="step_checkpoint")
+    with pytest.raises(StrategyError, match=r"blocks\.0 \(SpikingConv1d\) needs all time steps"):
+        create_model("har_conv", strategy="step_checkpoint")
+    with pytest.raises(StrategyError, match="number of steps per piece, 1 or more, got '0'"):
+        create_model("har_mlp", norm="ws", strategy="step_checkpoint:0")
 
 
 SHARING = {"har_mlp": {"hidden": 16}, "resnet19": {"width": 1 / 32, "input_shape": (3, 8, 8)}}

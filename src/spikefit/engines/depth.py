@@ -61,29 +61,26 @@ def run_checkpointed(blocks: list[Any], x: Tensor, state: State, option: str | N
     """
     if not torch.is_grad_enabled():
         return run_plain(blocks, x, state)
-    length, backend = run_length(len(blocks), option), resolve("auto")
+    length = run_length(len(blocks), option)
     after: list[Any] = []
     for i in range(0, len(blocks), length):
-        run = slice(i, i + length)
-        modules = _modules(blocks[run])
-        own = [m for m in modules if not _repeats_itself(m)]
-        # a repetition that stops early would not reach the output of the last block
-        with set_checkpoint_early_stop(not own):
-            x, s = checkpoint(
-                run_plain,
-                blocks[run],
-                x,
-                state[run],
-                None,
-                sum(map(_count, blocks[:i])),
-                use_reentrant=False,
-                context_fn=partial(_contexts, modules, own, backend),
-            )
+        run, first = slice(i, i + length), sum(map(_count, blocks[:i]))
+        x, s = repeated(blocks[run], run_plain, blocks[run], x, state[run], None, first)
         after.extend(s)
     return x, tuple(after)
 
 
-def _modules(blocks: list[Any]) -> list[nn.Module]:
+def repeated(blocks: list[Any], function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, which runs `blocks`; only `args` are kept, and backward runs it again."""
+    modules = modules_of(blocks)
+    own = [m for m in modules if not _repeats_itself(m)]
+    contexts = partial(_contexts, modules, own, resolve("auto"))
+    # a repetition that stops early would not reach the output of the last block
+    with set_checkpoint_early_stop(not own):
+        return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+
+
+def modules_of(blocks: list[Any]) -> list[nn.Module]:
     """The modules that blocks and stages run, in order."""
     return [m for block in blocks for m in (block.units if isinstance(block, SharedStage) else [block])]
 

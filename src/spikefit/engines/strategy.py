@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spikefit.engines import depth, membranes, node, reversible
+from spikefit.engines import depth, membranes, node, reversible, time
 from spikefit.engines.plan import Plan
 from spikefit.errors import StrategyError
 from spikefit.layers import SpikingUnit
@@ -109,6 +109,14 @@ STRATEGIES: dict[str, StrategyKind] = {
         depth.run_checkpointed,
         depth.check_run_length,
     ),
+    "step_checkpoint": StrategyKind(
+        "recompute it in time: keep the states in front of every piece of steps and run it again, for networks that "
+        "can be stepped; option: steps per piece (default: 1)",
+        True,
+        time.run_step_checkpointed,
+        time.check_steps,
+        check_chain=time.check_stepped,
+    ),
     "replay": StrategyKind(
         "recompute it: keep spikes as bits, run weights and membranes forward again; for shared membranes too",
         True,
@@ -164,6 +172,7 @@ STRATEGIES: dict[str, StrategyKind] = {
 OPTION_NAMES = {
     "lean": ("keep",),
     "checkpoint": ("every",),
+    "step_checkpoint": ("every",),
     "inverse": ("anchor_every", "tol"),
     "reversible": ("check",),
     "streamlined": ("anchor_every",),
