@@ -53,6 +53,30 @@ def test_matches_bptt(name, strategy):
     assert torch.equal(got[3], wanted[3])
 
 
+class TorchNorm(nn.Module):
+    """Batch norm of torch as a block of the user's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x, state=None):
+        return self.norm(x.flatten(0, 1)).unflatten(0, x.shape[:2]), None
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint:1", "step_checkpoint:3"])
+def test_statistics_of_blocks_of_your_own_move_once(strategy):
+    counts = []
+    for chosen in ("bptt", strategy):
+        own = TorchNorm()
+        blocks = [SpikingConv2d(3, 4, norm="none"), own, GlobalAveragePool(), Readout(4, 2)]
+        model = use_strategy(SpikingNetwork(blocks, input_shape=(3, 6, 6)), chosen)
+        model(torch.randn(3, 2, 3, 6, 6)).sum().backward()
+        counts.append((int(own.norm.num_batches_tracked), own.norm.running_mean))
+    assert counts[0][0] == counts[1][0] == 1
+    assert torch.equal(counts[0][1] != 0, counts[1][1] != 0)
+
+
 STEPPED = {
     "vgg6": {"input_shape": (3, 8, 8), "width": 0.125, "norm": "step_bn"},
     "har_mlp": {"hidden": 16, "share": "layer"},

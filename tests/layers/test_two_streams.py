@@ -254,6 +254,62 @@ def test_a_sub_network_that_does_not_repeat_itself_is_detected():
     assert x.grad is None
 
 
+class Scaled(nn.Module):
+    """Reads a tensor that it does not own."""
+
+    def __init__(self, net, scale):
+        super().__init__()
+        self.net, self.scale = net, [scale]
+
+    def forward(self, x, state=None):
+        f, state = self.net(x, state)
+        return f * self.scale[0], state
+
+
+def test_a_tensor_that_is_no_parameter_of_the_sub_network_is_refused():
+    """It would get no gradient, in silence."""
+    outside = nn.Parameter(torch.tensor(1.5))
+    for scale in (outside, outside * 2):
+        blocks = TwoStreams([(images(), images()), (images(), Scaled(images(), scale))])
+        with pytest.raises(StrategyError, match=r"G of block 1 depends on a tensor .* no parameter of it"):
+            run_reversible(blocks, sequence(2, 2, 8, 4, 4))[0].sum().backward()
+    blocks = TwoStreams([(images(), Scaled(images(), outside.detach()))])
+    run_reversible(blocks, sequence(2, 2, 8, 4, 4))[0].sum().backward()
+
+
+class TorchNorm(nn.Module):
+    """Batch norm of torch, and a counter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x, state=None):
+        self.calls += 1
+        return self.norm(x.flatten(0, 1)).unflatten(0, x.shape[:2]), None
+
+
+@pytest.mark.parametrize("run", [plain, run_reversible])
+def test_buffers_of_your_own_modules_move_once(run):
+    own = [TorchNorm() for _ in range(2)]
+    blocks = TwoStreams([(Chain(images(), own[0]), Chain(images(), own[1]))])
+    run(blocks, sequence(2, 2, 8, 4, 4))[0].sum().backward()
+    for norm in own:
+        assert int(norm.calls) == int(norm.norm.num_batches_tracked) == 1
+
+
+def test_outputs_may_be_changed_in_place_like_those_of_plain_autograd():
+    found = []
+    for run in (plain, run_reversible):
+        blocks, x = make(2), sequence(2, 2, 8, 4, 4)
+        found.append(torch.autograd.grad((run(blocks, x)[0] * 2).relu_().sum(), x)[0])
+    assert torch.equal(*found)
+    out, _ = run_reversible(make(2), sequence(2, 2, 8, 4, 4))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.mul_(2).sum().backward()
+
+
 def test_a_stream_that_leaves_its_grid_is_refused():
     class Large(nn.Module):
         def forward(self, x, state=None):
@@ -415,6 +471,8 @@ def test_bad_input_is_refused():
         TwoStreams([])
     with pytest.raises(StateError, match="expected a state of 2 entries, got 3 entries"):
         make(1)(torch.zeros(1, 1, 8, 4, 4), (None,) * 3)
+    with pytest.raises(ShapeError, match=r"sub-networks are in torch\.bfloat16.*use torch\.autocast"):
+        make(1).to(torch.bfloat16)(torch.zeros(1, 1, 8, 4, 4))
     with pytest.raises(StrategyError, match="streams on a grid"):
         run_reversible(make(1, stream_grid=None), torch.zeros(1, 1, 8, 4, 4))
     with pytest.raises(StrategyError, match="streams on a grid"):

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from spikefit.errors import StrategyError
-from spikefit.layers import SpikingUnit, frozen_statistics
+from spikefit.layers import SpikingUnit
 from spikefit.layers.chain import State, run_blocks
+from spikefit.layers.recompute import unchanged_buffers
 from spikefit.layers.shared import SharedStage
 from spikefit.ops.dispatch import resolve, use_backend
 from spikefit.ops.values import has_values
@@ -117,8 +118,8 @@ class _EachTime(AbstractContextManager):
 def _second_pass(
     blocks: list[nn.Module], backend: str, own: list[nn.Module], marks: "Iterator[Mark | None]"
 ) -> Iterator[None]:
-    """Statistics stand still, and `use_backend` is what it was in the first pass, wherever backward is called."""
-    with frozen_statistics(blocks), use_backend(backend), _watching(own, partial(_compare, marks)):
+    """Buffers stay as they are, and `use_backend` is what it was in the first pass, wherever backward is called."""
+    with unchanged_buffers(blocks), use_backend(backend), _watching(own, partial(_compare, marks)):
         yield
 
 

@@ -33,10 +33,26 @@ class Surroundings(NamedTuple):
 
     @contextmanager
     def again(self, modules: Iterable[nn.Module]) -> Iterator[None]:
-        """Within the block they hold again, wherever backward is called, and the norms of `modules` keep still."""
+        """Within the block they hold again, wherever backward is called, and `modules` change no buffers."""
         autocast = torch.autocast(self.device, dtype=self.dtype, enabled=self.enabled)
-        with autocast, use_backend(self.backend), frozen_statistics(modules):
+        with autocast, use_backend(self.backend), unchanged_buffers(modules):
             yield
+
+
+@contextmanager
+def unchanged_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block `modules` may run again: statistics and counters, also of your own, move in copies of them."""
+    modules = list(modules)
+    parts = dict.fromkeys(part for module in modules for part in module.modules())
+    before = [(part, dict(part._buffers)) for part in parts if part._buffers]
+    for part, buffers in before:
+        part._buffers.update({name: b if b is None else b.clone() for name, b in buffers.items()})
+    try:
+        with frozen_statistics(modules):
+            yield
+    finally:
+        for part, buffers in before:
+            part._buffers.update(buffers)
 
 
 def tensors_read(module: nn.Module) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from spikefit.errors import ReconstructionError, StrategyError
 from spikefit.layers.chain import State, entries
 from spikefit.layers.recompute import Surroundings, drawn_since, random_state, replayed, tensors_read
-from spikefit.layers.two_streams import TwoStreams, halves, side_by_side
+from spikefit.layers.two_streams import TwoStreams, halves
 from spikefit.ops.values import has_values
 
 # Values that a checksum looks at together.
@@ -107,7 +107,7 @@ class _Reversible(torch.autograd.Function):
             first, second, s = call.blocks.block(i, first, second, before[i : i + 2], run)
             after.extend(s)
         leaves, call.found["state"] = tree_flatten(tuple(after))
-        streams = side_by_side(first, second)
+        streams = _joined(first, second)
         kept = _Kept(streams, torch.stack(sums) if sums else None, draws)
         saved, ctx.spec = tree_flatten((kept, tensors))
         ctx.save_for_backward(*saved)
@@ -175,6 +175,13 @@ class _Backward:
         outs = [(out, one) for out, one in outs if one is not None and out.requires_grad]
         wanted = [x, *states, *tensors.values()]
         inputs = [t for t in wanted if isinstance(t, Tensor) and t.requires_grad]
+        outside = _foreign(f, inputs)
+        if outside is not None:
+            raise StrategyError(
+                f"reversible: {'FG'[i % 2]} of block {i // 2} depends on a tensor {tuple(outside.shape)} that needs a "
+                "gradient and is no parameter of it, which would get none; register it as its parameter, or use "
+                "strategy='bptt' or 'checkpoint'."
+            )
         found: dict[int, Tensor | None] = {}
         if outs:
             made = torch.autograd.grad([o for o, _ in outs], inputs, [one for _, one in outs], allow_unused=True)
@@ -192,9 +199,35 @@ class _Backward:
             raise ReconstructionError(
                 f"reversible: the streams in front of block {block} came back with other bits, so the gradient would "
                 "be wrong: a sub-network of that block gave another output when backward ran it again, or its output "
-                "was changed. Draw random numbers from torch's generators only, keep no state between calls, and on a "
-                "GPU set torch.backends.cudnn.deterministic = True; or use strategy='bptt'."
+                "was changed. Draw random numbers from torch's generators only, keep no state between calls (nor in "
+                "buffers that the output depends on, as spectral_norm does), call model.train() and model.eval() "
+                "between steps only, and on a GPU set torch.backends.cudnn.deterministic = True; or use "
+                "strategy='bptt'."
             )
+
+
+def _joined(first: Tensor, second: Tensor) -> Tensor:
+    """`side_by_side` as a tensor of its own: a view that a function returns could not be changed in place."""
+    channels, order = first.shape[2], (0, 1, *range(3, first.ndim), 2)
+    shape = (*first.shape[:2], 2 * channels, *first.shape[3:])
+    made = torch.empty_permuted(shape, order, dtype=first.dtype, device=first.device)
+    made[:, :, :channels], made[:, :, channels:] = first, second
+    return made
+
+
+def _foreign(f: Tensor, inputs: list[Tensor]) -> Tensor | None:
+    """A tensor that needs a gradient, on which `f` depends and which is not among the leaves `inputs`."""
+    known, seen, todo = set(map(id, inputs)), set(), [f.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in known:
+            return variable
+        todo += [following for following, _ in node.next_functions]
+    return None
 
 
 def _leaf(t: Tensor, want: bool) -> Tensor:

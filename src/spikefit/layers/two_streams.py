@@ -85,6 +85,12 @@ class TwoStreams(nn.Module):
                 f"TwoStreams: expected [T, B, C, ...] with an even number of channels, half of them for each stream, "
                 f"got {tuple(x.shape)}."
             )
+        weight = next((p for p in self.parameters() if p.is_floating_point()), x)
+        if weight.dtype in (torch.float16, torch.bfloat16) and weight is not x:
+            raise ShapeError(
+                f"TwoStreams: its sub-networks are in {weight.dtype}, and streams are float32, which half precision "
+                "cannot add to the bit; keep the model in float32 and use torch.autocast."
+            )
         # what is exact in half precision is exact here, and sums stay so
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
         return halves(on_grid(wide, self.stream_grid))
