@@ -3,7 +3,7 @@
     python benchmarks/reversible_depth.py [--quick] [--threads 2] [--out FILE] [--data FOLDER]
 
 Depth: RevSResNet of one stage of n = 2, 6, 10 blocks of streams of 32 channels, T = 4, batch 8, 32x32. Kept bytes from
-saved-tensor hooks (parameters apart), peak from fresh processes, both as slopes in n; a block has 74 kB of weights,
+saved-tensor hooks (parameters apart), peak from fresh processes, both as slopes in n; a block has 147 kB of weights,
 whose gradients are part of every peak. Seconds of one step at n = 6, all strategies in turns in one process.
 
 Losses: RevSResNet21 of an eighth of the width on CIFAR-10, 200 steps of SGD on batches of 32, under bptt and under
