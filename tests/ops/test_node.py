@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spikefit.errors import BackendError, OptionError, ReconstructionError, ShapeError, StateError, StrategyError
-from spikefit.ops.node import Reversal, reference, reversing, two_group
+from spikefit.ops.node import Reversal, cpu, reference, reversing, two_group
 from spikefit.ops.node.equation import (
     LONGEST,
     TwoGroups,
@@ -196,22 +196,23 @@ def test_anchors_keep_long_sequences_right(backend, alpha):
     wanted = run_node("reference", "bptt", x, v_0, alpha=alpha)
     assert_same_node_run(run_node(backend, "streamlined", x, v_0, alpha=alpha, anchor_every=4), wanted, 1e-4)
     with pytest.warns(UserWarning, match="gradients will be off"):
-        far = run_node(backend, "streamlined", x, v_0, alpha=alpha, anchor_every=16)
+        far = run_node(backend, "streamlined", x, v_0, alpha=alpha, anchor_every=16, check="off")
     assert not (far["d x"] - wanted["d x"]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("backend", ["reference", "numba"])
 @pytest.mark.parametrize("strategy", REVERSED)
 def test_states_take_no_memory_per_step(backend, strategy):
-    def held(T, every):
+    def held(T, every, check="off"):
         x, v_0 = inputs(T, 2, 8, 5)
-        x = x.requires_grad_()
-        with_outputs = saved_bytes(lambda: two_group(x, v_0, reversal=Reversal(strategy, every), backend=backend))
+        x, options = x.requires_grad_(), {"check": check, "backend": backend}
+        with_outputs = saved_bytes(lambda: two_group(x, v_0, reversal=Reversal(strategy, every), **options))
         return with_outputs - x.nbytes  # the outputs, which the next layer keeps anyway
 
     state = 8 * 2 * 8 * 5
     assert [held(T, None) for T in (1, 4, 8, 12)] == [state] * 4, "independent of T"
     assert [held(T, 4) for T in (1, 4, 5, 8, 13)] == [n * state for n in (1, 1, 2, 2, 4)], "ceil(T / K) states"
+    assert held(12, None, "spikes") - held(12, None) == 12 * 2 * 8, "two integers per step and group"
 
 
 @pytest.mark.parametrize(
@@ -249,7 +250,7 @@ def test_ratio_of_states_and_a_right_gradient_go_together(dtype, alpha, kappa, e
     x, v_0 = inputs(T, 2, 8, 25, dtype=dtype)
     leaf = x.clone().requires_grad_()
     held = [
-        saved_bytes(lambda r=r: two_group(leaf, v_0, **options, reversal=r, backend="reference"))
+        saved_bytes(lambda r=r: two_group(leaf, v_0, **options, reversal=r, check="off", backend="reference"))
         for r in (None, Reversal("streamlined", every))
     ]
     assert held[0] / (held[1] - x.nbytes) == ratio
@@ -272,6 +273,49 @@ def test_wrong_spikes_are_found_and_named(backend, strategy):
     with pytest.raises(ReconstructionError, match=rf"\({strategy}\) found \d+ spikes in group [12] at step [1-7] of 8"):
         y.sum().backward()
     assert x.grad is None
+
+
+@pytest.mark.parametrize("strategy", REVERSED)
+@pytest.mark.parametrize("backend", ["reference", "numba"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_membranes_that_meet_the_threshold_exactly_are_refused(backend, strategy, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = (2 * torch.randn(4, 2, 4000, generator=generator)).round().to(dtype)
+    v_0 = torch.zeros_like(x[0])
+    with pytest.raises(ReconstructionError, match=r"a membrane at the threshold.*strategy='bptt', or finer inputs"):
+        run_node(backend, strategy, x, v_0)
+    wanted, unchecked = run_node(backend, "bptt", x, v_0), run_node(backend, strategy, x, v_0, check="off")
+    assert (unchecked["d x"] - wanted["d x"]).abs().max() > 0.01 * wanted["d x"].abs().max()
+    finer = x + 0.37 * torch.rand(x.shape, generator=generator, dtype=dtype)
+    assert_same_node_run(run_node(backend, strategy, finer, v_0), run_node(backend, "bptt", finer, v_0), 1e-3)
+
+
+def test_generic_compares_its_second_forward_too(monkeypatch):
+    """The inverse counts right, the forward after it one spike more."""
+    x, v_0 = inputs(4, 2, 4, 5)
+    y, _ = two_group(x.requires_grad_(), v_0, reversal=Reversal("generic", 2), backend="numba")
+    forward = cpu.forward
+
+    def one_more(*arguments):
+        forward(*arguments)
+        arguments[6].add_(1)
+
+    monkeypatch.setattr(cpu, "forward", one_more)
+    with pytest.raises(ReconstructionError, match=r"\(generic\) found \d+ spikes in group 2 at step 4 of 4"):
+        y.sum().backward()
+
+
+def test_generic_of_the_reference_counts_both_passes():
+    x, v_0 = inputs(5, 2, 4, 5)
+    done = reference.forward(x, v_0, make(), every=2)
+    zeros = torch.zeros_like(done.v_T)
+    *_, found = reference.generic(torch.ones_like(x), zeros, done.y, done.v_T, done.anchors, make(), 2)
+    assert torch.equal(found, torch.stack([done.counts, done.counts]))
+    # a kept state serves the forward of the run after it and the inverse of the run before it
+    done.anchors[0] += 3
+    *_, found = reference.generic(torch.ones_like(x), zeros, done.y, done.v_T, done.anchors, make(), 2)
+    assert torch.equal(found[0, 2:], done.counts[2:])
+    assert not torch.equal(found[1, 2:], done.counts[2:])
 
 
 def test_the_check_names_the_step_that_backward_meets_first():

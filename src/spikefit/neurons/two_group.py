@@ -32,8 +32,9 @@ class TwoGroupNode(SpikingNeuron):
         v_reset: the level a hard reset goes to; None or "soft" for a soft reset (v - v_threshold).
         detach_reset: no gradient through the spike inside the reset.
         surrogate: a `Surrogate` or its text, "atan(2)".
-        check: "spikes" compares the spikes of backward with those of forward, by their number per step and group, and
-            raises ReconstructionError where they differ; "off" does not.
+        check: "spikes" compares the spikes of a backward that runs steps backwards with those of forward, by their
+            number per step and group, and raises ReconstructionError where they differ; "off" does not, and a membrane
+            at the threshold, as inputs on a coarse grid make them, then gets a wrong gradient without a word.
         backend: "auto", "reference", "numba" or "triton".
 
     Shapes:
@@ -58,7 +59,7 @@ class TwoGroupNode(SpikingNeuron):
         v_reset: float | str | None = 0.0,
         detach_reset: bool = False,
         surrogate: Surrogate | str = "atan(2)",
-        check: str = "off",
+        check: str = "spikes",
         backend: Backend = "auto",
     ) -> None:
         check_mixing(alpha, beta, kappa)
@@ -108,5 +109,5 @@ class TwoGroupNode(SpikingNeuron):
         )
 
     def extra_repr(self) -> str:
-        check = "" if self.check == "off" else f", check={self.check}"
+        check = "" if self.check == "spikes" else f", check={self.check}"
         return f"alpha={self.alpha:g}, beta={self.beta:g}, kappa={self.kappa:g}, {super().extra_repr()}{check}"

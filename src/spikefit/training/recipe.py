@@ -131,7 +131,7 @@ class NeuronSection(Section):
         if name in ("lif", "plif"):
             return {"tau": 2.0, "decay_input": False, **values}
         if name == "two_group":
-            own = {"alpha": 0.4, "beta": 0.5, "kappa": 0.5, "check": "off", "v_reset": 0.0, "detach_reset": False}
+            own = {"alpha": 0.4, "beta": 0.5, "kappa": 0.5, "check": "spikes", "v_reset": 0.0, "detach_reset": False}
             return {**own, **values}
         return values
 
