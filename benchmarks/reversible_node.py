@@ -14,7 +14,9 @@ distance of anchors, and carries the error of the gradient of the node against b
 "large" rows look for such spikes among many neurons: they are rare, and near the threshold any rounding makes one.
 
 Seconds: 2^21 neurons in float32, all in turns in one process, forward and backward apart; numba and reference each
-against itself. Nodes run with check="off", so that wrong spikes can be counted instead of refused. No number is printed unless outputs are equal bit for bit and float64 gradients agree to 1e-12.
+against itself. No number is printed unless outputs are equal bit for bit and float64 gradients agree to 1e-12.
+
+Nodes run with check="off", so that wrong spikes can be counted instead of refused.
 
     python benchmarks/reversible_node.py [--quick] [--threads 2] [--out benchmarks/results/FILE.json]
 """

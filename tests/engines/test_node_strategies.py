@@ -151,8 +151,9 @@ def test_without_anchors_only_what_is_safe():
     model = network("streamlined:none", dtype=torch.float32)
     with pytest.raises(StrategyError, match=r"16 steps would be undone.*largest safe anchor_every is 5"):
         model(torch.randn(16, 2, 3, 8, 8))
-    with pytest.warns(UserWarning, match="gradients will be off"):
+    with pytest.warns(UserWarning, match="gradients will be off") as found:
         network("streamlined:16", dtype=torch.float32)(torch.randn(16, 2, 3, 8, 8))
+    assert {w.filename for w in found} == {__file__}
 
 
 def test_wrong_spikes_stop_a_step_before_a_weight_has_a_gradient():

@@ -352,6 +352,21 @@ def test_anchors_by_default_are_as_far_as_is_safe_and_at_most_four():
         assert Reversal(anchor_every=50).distance(make(), 5, torch.float32) == 5, "no more than 5 steps are undone"
 
 
+@pytest.mark.parametrize("beta", [1e-3, -1e-3, 10.0, -10.0])
+def test_gradients_are_right_at_the_ends_of_beta(beta):
+    for reset in NODE_RESETS.values():
+        x, v_0 = inputs(8, 2, 16, 20, dtype=torch.float32)
+        wanted = run_node("numba", "bptt", x, v_0, beta=beta, **reset)
+        got = run_node("numba", "streamlined", x, v_0, beta=beta, anchor_every=4, **reset)
+        assert_same_node_run(got, wanted, 5e-3)
+
+
+def test_warnings_point_at_the_caller():
+    with pytest.warns(UserWarning, match="gradients will be off") as found:
+        two_group(inputs(8, 2, 4, 5, dtype=torch.float32)[0], reversal=Reversal("streamlined", 8))
+    assert found[0].filename == __file__
+
+
 @pytest.mark.parametrize("strategy", REVERSED)
 def test_backward_runs_the_backend_of_the_forward(strategy):
     x, v_0 = inputs(3, 2, 4, 5)
@@ -425,7 +440,8 @@ X, V = torch.zeros(4, 2, 6, 3), torch.zeros(2, 6, 3)
         (lambda: two_group(X[0, 0]), ShapeError, r"expected x as \[T, B, C, ...\], got \(6, 3\)"),
         (lambda: two_group(X.bfloat16()), ShapeError, "expected float32 or float64, got torch.bfloat16.*autocast"),
         (lambda: two_group(X.half()), ShapeError, "got torch.float16"),
-        (lambda: two_group(X.int()), ShapeError, "got torch.int32"),
+        (lambda: two_group(X.int()), ShapeError, r"got torch.int32: .*real numbers. Pass x.float\(\)"),
+        (lambda: two_group(X.bool()), ShapeError, "got torch.bool: .*Pass x.float"),
         (lambda: two_group(X, V.bfloat16()), StateError, r"expected a state \(2, 6, 3\) torch.float32.*got.*bfloat16"),
         (lambda: two_group(X, V[:1]), StateError, r"got \(1, 6, 3\).*Pass the state of this batch"),
         (lambda: two_group(X, alpha=0.0), OptionError, r"alpha must lie in \(0, kappa\].*divides.*got 0.0"),
@@ -437,6 +453,12 @@ X, V = torch.zeros(4, 2, 6, 3), torch.zeros(2, 6, 3)
         ),
         (lambda: two_group(X, alpha=float("nan")), OptionError, "alpha must be a finite number, got nan"),
         (lambda: two_group(X, beta=0), OptionError, "beta must not be 0.*take beta=0.5"),
+        (
+            lambda: two_group(X, beta=1000.0),
+            OptionError,
+            r"\|beta\| must lie in \[0.001, 10\], got 1000.*input hides the spike",
+        ),
+        (lambda: two_group(X, beta=-1e-4), OptionError, r"got -0.0001.*spike hides the input; take beta=0.5"),
         (lambda: two_group(X, kappa=0.0), OptionError, r"kappa must lie in \(0, 1\].*got 0.0"),
         (lambda: two_group(X, kappa=1.5), OptionError, r"kappa must lie in \(0, 1\]"),
         (lambda: two_group(X, v_threshold=0.0), OptionError, "v_threshold must be a finite number > 0"),

@@ -26,7 +26,7 @@ class TwoGroupNode(SpikingNeuron):
 
     Args:
         alpha: share of the other group's membrane that is carried along, 0 < alpha <= kappa.
-        beta: share of the other group's input in the output; not 0.
+        beta: share of the other group's input in the output, 0.001 <= |beta| <= 10.
         kappa: factor on the input, 0 < kappa <= 1; the membrane keeps 1 - kappa per step.
         v_threshold: firing level, > 0.
         v_reset: the level a hard reset goes to; None or "soft" for a soft reset (v - v_threshold).

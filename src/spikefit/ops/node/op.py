@@ -60,7 +60,7 @@ def two_group(
         v_0: state before the first step, [B, C, ...], both groups side by side; zeros if None. float32, or float64 for
             float64 input.
         alpha: share of the other group's membrane that is carried along, 0 < alpha <= kappa (above, membranes grow).
-        beta: share of the other group's input in the output; not 0.
+        beta: share of the other group's input in the output, 0.001 <= |beta| <= 10, see `BETA_RANGE`.
         kappa: factor on the input, 0 < kappa <= 1; the membrane keeps 1 - kappa per step.
         v_threshold: firing level, > 0.
         v_reset: the level a hard reset goes to, or None for a soft reset.
@@ -134,6 +134,11 @@ def _checked_input(x: Tensor) -> Tensor:
         return x
     if x.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(x.device.type):
         return x.float()
+    if not x.is_floating_point():
+        raise ShapeError(
+            f"two_group: expected float32 or float64, got {x.dtype}: outputs and states are real numbers. Pass "
+            "x.float()."
+        )
     raise ShapeError(
         f"two_group: expected float32 or float64, got {x.dtype}: in half precision the states cannot be run backwards "
         "for a single step. Keep the model in float32 and use torch.autocast."
