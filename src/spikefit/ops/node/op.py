@@ -1,7 +1,7 @@
 """The one door to the two-group node: it checks, chooses a backend and what is kept, and owns the backward."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -401,7 +401,7 @@ def _backward(
     node, rows = TwoGroups.unflat(numbers, reset, detach_reset, surrogate), _Rows(y)
     dx, dv_0 = rows.empty(y, y.shape[0]), rows.empty_state(y)
     found = [_no_counts(y, check) for _ in range(2 if generic else 1)]
-    run = _generic if generic else _kernels(backend).streamlined
+    run: Callable[..., None] = _generic if generic else _kernels(backend).streamlined
     run(
         rows.sequence(g), rows.state(q), rows.sequence(y), rows.state(v_T), rows.sequence(anchors), rows.sequence(dx),
         rows.state(dv_0), *found, rows.run, node, every, *([_kernels(backend)] if generic else []),
