@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from spikefit.cli import main
+from spikefit.cli.targets import read_recipe
 from spikefit.errors import OptionError
+from spikefit.neurons import TwoGroupNode, create_neuron
 
 RECIPE = """
 seed = 1
@@ -112,6 +114,11 @@ def test_profile_prints_json_and_a_table(run):
     assert status == 0
     for text in ("blocks.0", "kept MiB", "peak of a step, predicted", "Energy assumes"):
         assert text in out
+
+
+def test_words_make_the_neuron_that_python_makes():
+    made = read_recipe("vgg6", {"neuron": "two_group", "strategy": "streamlined"}).neuron
+    assert repr(create_neuron(made.name, **made.options())) == repr(TwoGroupNode())
 
 
 def test_profile_of_an_own_factory(run, tmp_path, monkeypatch):

@@ -151,8 +151,9 @@ def test_without_anchors_only_what_is_safe():
     model = network("streamlined:none", dtype=torch.float32)
     with pytest.raises(StrategyError, match=r"16 steps would be undone.*largest safe anchor_every is 5"):
         model(torch.randn(16, 2, 3, 8, 8))
-    with pytest.warns(UserWarning, match="gradients will be off"):
+    with pytest.warns(UserWarning, match="gradients will be off") as found:
         network("streamlined:16", dtype=torch.float32)(torch.randn(16, 2, 3, 8, 8))
+    assert {w.filename for w in found} == {__file__}
 
 
 def test_wrong_spikes_stop_a_step_before_a_weight_has_a_gradient():
@@ -162,6 +163,18 @@ def test_wrong_spikes_stop_a_step_before_a_weight_has_a_gradient():
     with pytest.raises(ReconstructionError, match="lower anchor_every"):
         loss.backward()
     assert model.blocks[0].synapse.weight.grad is None
+
+
+@pytest.mark.parametrize("strategy", ["streamlined", "generic"])
+def test_the_check_runs_in_a_compiled_graph(strategy):
+    unit = SpikingConv2d(2, 8, norm="none", neuron="two_group", bias=True)
+    torch.nn.init.constant_(unit.synapse.weight, 1.0)
+    torch.nn.init.zeros_(unit.synapse.bias)
+    model = SpikingNetwork([unit, GlobalAveragePool(), Readout(8, 2)], input_shape=(2, 8, 8))
+    compiled = torch.compile(use_strategy(model, strategy), backend="aot_eager", fullgraph=True)
+    loss = compiled(torch.randn(4, 2, 2, 8, 8).round()).square().sum()
+    with use_backend("auto"), pytest.raises(ReconstructionError, match="a membrane at the threshold"):
+        loss.backward()
 
 
 def test_compiles_as_one_graph():

@@ -100,7 +100,7 @@ def test_streamlined_holds_states_and_nothing_in_between():
     two_group(x, reversal=Reversal())[0].sum().backward()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    y, v_T = two_group(x, reversal=Reversal("streamlined", 4))
+    y, v_T = two_group(x, check="off", reversal=Reversal("streamlined", 4))
     # outputs, 4 states and the state it started from
     assert torch.cuda.max_memory_allocated() - before <= y.nbytes + 6 * v_T.nbytes + 2**20
     g = torch.ones_like(y)

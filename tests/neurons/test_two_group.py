@@ -19,9 +19,11 @@ def test_the_table_makes_it_with_its_options():
     assert NEURONS["two_group"] is TwoGroupNode
     node = create_neuron("two_group")
     assert (node.alpha, node.beta, node.kappa, node.v_threshold, node.v_reset) == (0.4, 0.5, 0.5, 1.0, 0.0)
-    assert (node.detach_reset, str(node.surrogate), node.check) == (False, "atan(2)", "off")
+    assert (node.detach_reset, str(node.surrogate), node.check) == (False, "atan(2)", "spikes")
     assert node.coefficients() == (0.5, 0.5)
-    soft = create_neuron("two_group", alpha=0.3, v_reset="soft", detach_reset=True, check="spikes")
+    soft = create_neuron("two_group", alpha=0.3, v_reset="soft", detach_reset=True, check="off")
+    assert repr(soft).endswith("check=off)")
+    assert "check" not in repr(node)
     assert "alpha=0.3, beta=0.5, kappa=0.5" in repr(soft)
     assert "reset soft, detached" in repr(soft)
     assert soft.node() == TwoGroups.make(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spikefit.errors import BackendError, OptionError, ReconstructionError, ShapeError, StateError, StrategyError
-from spikefit.ops.node import Reversal, reference, reversing, two_group
+from spikefit.ops.node import Reversal, cpu, reference, reversing, two_group
 from spikefit.ops.node.equation import (
     LONGEST,
     TwoGroups,
@@ -196,22 +196,23 @@ def test_anchors_keep_long_sequences_right(backend, alpha):
     wanted = run_node("reference", "bptt", x, v_0, alpha=alpha)
     assert_same_node_run(run_node(backend, "streamlined", x, v_0, alpha=alpha, anchor_every=4), wanted, 1e-4)
     with pytest.warns(UserWarning, match="gradients will be off"):
-        far = run_node(backend, "streamlined", x, v_0, alpha=alpha, anchor_every=16)
+        far = run_node(backend, "streamlined", x, v_0, alpha=alpha, anchor_every=16, check="off")
     assert not (far["d x"] - wanted["d x"]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("backend", ["reference", "numba"])
 @pytest.mark.parametrize("strategy", REVERSED)
 def test_states_take_no_memory_per_step(backend, strategy):
-    def held(T, every):
+    def held(T, every, check="off"):
         x, v_0 = inputs(T, 2, 8, 5)
-        x = x.requires_grad_()
-        with_outputs = saved_bytes(lambda: two_group(x, v_0, reversal=Reversal(strategy, every), backend=backend))
+        x, options = x.requires_grad_(), {"check": check, "backend": backend}
+        with_outputs = saved_bytes(lambda: two_group(x, v_0, reversal=Reversal(strategy, every), **options))
         return with_outputs - x.nbytes  # the outputs, which the next layer keeps anyway
 
     state = 8 * 2 * 8 * 5
     assert [held(T, None) for T in (1, 4, 8, 12)] == [state] * 4, "independent of T"
     assert [held(T, 4) for T in (1, 4, 5, 8, 13)] == [n * state for n in (1, 1, 2, 2, 4)], "ceil(T / K) states"
+    assert held(12, None, "spikes") - held(12, None) == 12 * 2 * 8, "two integers per step and group"
 
 
 @pytest.mark.parametrize(
@@ -249,7 +250,7 @@ def test_ratio_of_states_and_a_right_gradient_go_together(dtype, alpha, kappa, e
     x, v_0 = inputs(T, 2, 8, 25, dtype=dtype)
     leaf = x.clone().requires_grad_()
     held = [
-        saved_bytes(lambda r=r: two_group(leaf, v_0, **options, reversal=r, backend="reference"))
+        saved_bytes(lambda r=r: two_group(leaf, v_0, **options, reversal=r, check="off", backend="reference"))
         for r in (None, Reversal("streamlined", every))
     ]
     assert held[0] / (held[1] - x.nbytes) == ratio
@@ -272,6 +273,49 @@ def test_wrong_spikes_are_found_and_named(backend, strategy):
     with pytest.raises(ReconstructionError, match=rf"\({strategy}\) found \d+ spikes in group [12] at step [1-7] of 8"):
         y.sum().backward()
     assert x.grad is None
+
+
+@pytest.mark.parametrize("strategy", REVERSED)
+@pytest.mark.parametrize("backend", ["reference", "numba"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_membranes_that_meet_the_threshold_exactly_are_refused(backend, strategy, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = (2 * torch.randn(4, 2, 4000, generator=generator)).round().to(dtype)
+    v_0 = torch.zeros_like(x[0])
+    with pytest.raises(ReconstructionError, match=r"a membrane at the threshold.*strategy='bptt', or finer inputs"):
+        run_node(backend, strategy, x, v_0)
+    wanted, unchecked = run_node(backend, "bptt", x, v_0), run_node(backend, strategy, x, v_0, check="off")
+    assert (unchecked["d x"] - wanted["d x"]).abs().max() > 0.01 * wanted["d x"].abs().max()
+    finer = x + 0.37 * torch.rand(x.shape, generator=generator, dtype=dtype)
+    assert_same_node_run(run_node(backend, strategy, finer, v_0), run_node(backend, "bptt", finer, v_0), 1e-3)
+
+
+def test_generic_compares_its_second_forward_too(monkeypatch):
+    """The inverse counts right, the forward after it one spike more."""
+    x, v_0 = inputs(4, 2, 4, 5)
+    y, _ = two_group(x.requires_grad_(), v_0, reversal=Reversal("generic", 2), backend="numba")
+    forward = cpu.forward
+
+    def one_more(*arguments):
+        forward(*arguments)
+        arguments[6].add_(1)
+
+    monkeypatch.setattr(cpu, "forward", one_more)
+    with pytest.raises(ReconstructionError, match=r"\(generic\) found \d+ spikes in group 2 at step 4 of 4"):
+        y.sum().backward()
+
+
+def test_generic_of_the_reference_counts_both_passes():
+    x, v_0 = inputs(5, 2, 4, 5)
+    done = reference.forward(x, v_0, make(), every=2)
+    zeros = torch.zeros_like(done.v_T)
+    *_, found = reference.generic(torch.ones_like(x), zeros, done.y, done.v_T, done.anchors, make(), 2)
+    assert torch.equal(found, torch.stack([done.counts, done.counts]))
+    # a kept state serves the forward of the run after it and the inverse of the run before it
+    done.anchors[0] += 3
+    *_, found = reference.generic(torch.ones_like(x), zeros, done.y, done.v_T, done.anchors, make(), 2)
+    assert torch.equal(found[0, 2:], done.counts[2:])
+    assert not torch.equal(found[1, 2:], done.counts[2:])
 
 
 def test_the_check_names_the_step_that_backward_meets_first():
@@ -306,6 +350,21 @@ def test_anchors_by_default_are_as_far_as_is_safe_and_at_most_four():
         warnings.simplefilter("error")
         assert Reversal(anchor_every=5).distance(make(), 64, torch.float32) == 5
         assert Reversal(anchor_every=50).distance(make(), 5, torch.float32) == 5, "no more than 5 steps are undone"
+
+
+@pytest.mark.parametrize("beta", [1e-3, -1e-3, 10.0, -10.0])
+def test_gradients_are_right_at_the_ends_of_beta(beta):
+    for reset in NODE_RESETS.values():
+        x, v_0 = inputs(8, 2, 16, 20, dtype=torch.float32)
+        wanted = run_node("numba", "bptt", x, v_0, beta=beta, **reset)
+        got = run_node("numba", "streamlined", x, v_0, beta=beta, anchor_every=4, **reset)
+        assert_same_node_run(got, wanted, 5e-3)
+
+
+def test_warnings_point_at_the_caller():
+    with pytest.warns(UserWarning, match="gradients will be off") as found:
+        two_group(inputs(8, 2, 4, 5, dtype=torch.float32)[0], reversal=Reversal("streamlined", 8))
+    assert found[0].filename == __file__
 
 
 @pytest.mark.parametrize("strategy", REVERSED)
@@ -381,7 +440,8 @@ X, V = torch.zeros(4, 2, 6, 3), torch.zeros(2, 6, 3)
         (lambda: two_group(X[0, 0]), ShapeError, r"expected x as \[T, B, C, ...\], got \(6, 3\)"),
         (lambda: two_group(X.bfloat16()), ShapeError, "expected float32 or float64, got torch.bfloat16.*autocast"),
         (lambda: two_group(X.half()), ShapeError, "got torch.float16"),
-        (lambda: two_group(X.int()), ShapeError, "got torch.int32"),
+        (lambda: two_group(X.int()), ShapeError, r"got torch.int32: .*real numbers. Pass x.float\(\)"),
+        (lambda: two_group(X.bool()), ShapeError, "got torch.bool: .*Pass x.float"),
         (lambda: two_group(X, V.bfloat16()), StateError, r"expected a state \(2, 6, 3\) torch.float32.*got.*bfloat16"),
         (lambda: two_group(X, V[:1]), StateError, r"got \(1, 6, 3\).*Pass the state of this batch"),
         (lambda: two_group(X, alpha=0.0), OptionError, r"alpha must lie in \(0, kappa\].*divides.*got 0.0"),
@@ -393,6 +453,12 @@ X, V = torch.zeros(4, 2, 6, 3), torch.zeros(2, 6, 3)
         ),
         (lambda: two_group(X, alpha=float("nan")), OptionError, "alpha must be a finite number, got nan"),
         (lambda: two_group(X, beta=0), OptionError, "beta must not be 0.*take beta=0.5"),
+        (
+            lambda: two_group(X, beta=1000.0),
+            OptionError,
+            r"\|beta\| must lie in \[0.001, 10\], got 1000.*input hides the spike",
+        ),
+        (lambda: two_group(X, beta=-1e-4), OptionError, r"got -0.0001.*spike hides the input; take beta=0.5"),
         (lambda: two_group(X, kappa=0.0), OptionError, r"kappa must lie in \(0, 1\].*got 0.0"),
         (lambda: two_group(X, kappa=1.5), OptionError, r"kappa must lie in \(0, 1\]"),
         (lambda: two_group(X, v_threshold=0.0), OptionError, "v_threshold must be a finite number > 0"),

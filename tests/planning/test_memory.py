@@ -149,7 +149,7 @@ def test_a_prediction_says_whether_it_is_a_promise():
     assert profile("vgg6", **large).settings["prediction"] == "measured <= predicted <= 1.15 measured"
     for settings, reason in (
         ({**large, "dtype": "bfloat16"}, "half precision"),
-        ({**words, "image": "3x8x8", "width": 0.25, "strategy": "lean"}, "below 16 MiB"),
+        ({**words, "image": "3x8x8", "width": 0.25, "strategy": "lean"}, "below 32 MiB"),
     ):
         assert profile("vgg6", **settings).settings["prediction"].startswith(f"estimate ({reason}")
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from spikefit.errors import RecipeError
-from spikefit.training import load_recipe
+from spikefit.layers import TwoStreams
+from spikefit.training import build_model, load_recipe
+from spikefit.training.recipe import NeuronSection
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 NEURON_OPTIONS = {"tau", "decay_input", "v_threshold", "v_reset", "detach_reset", "surrogate"}
@@ -65,6 +67,34 @@ def test_override(change, where, value):
 def test_override_of_top_level_keys():
     recipe = base().override({"seed": "4", "backend": "reference"})
     assert (recipe.seed, recipe.backend) == (4, "reference")
+
+
+def test_none_as_a_word_and_in_a_file():
+    words = {"model": "revsresnet21", "stream_grid": "none", "blocks": "none", "image": "3x16x16"}
+    recipe = base().override(words)
+    assert recipe.model.options()["stream_grid"] is None
+    assert recipe.model.options()["blocks"] is None
+    assert load_recipe(recipe.to_dict()) == recipe
+    model = build_model(load_recipe({"model": recipe.model}))
+    assert {m.stream_grid for m in model.modules() if isinstance(m, TwoStreams)} == {None}
+    with pytest.raises(RecipeError, match=r"model vgg6: width: expected a valid number, got 'none'"):
+        base().override({"width": "none"})
+
+
+def test_another_neuron_has_its_own_defaults_and_what_was_set_before():
+    changed = load_recipe({"model": {"name": "vgg6"}}).override({"neuron": "two_group"})
+    assert changed.neuron == NeuronSection(name="two_group")
+    assert (changed.neuron.v_reset, changed.neuron.detach_reset) == (0.0, False)
+    back = changed.override({"neuron": "lif"})
+    assert back.neuron == NeuronSection(name="lif")
+    written = {"name": "lif", "v_threshold": 0.5, "surrogate": "rect(1)", "tau": 3.0}
+    kept = load_recipe({"model": {"name": "vgg6"}, "neuron": written})
+    # the key of a word holds whatever its place among the words
+    kept = kept.override({"v_reset": "soft", "neuron": "two_group"}).neuron
+    assert kept == NeuronSection(name="two_group", v_threshold=0.5, surrogate="rect(1)", v_reset="soft")
+    # the same name changes nothing
+    again = load_recipe({"model": {"name": "vgg6"}, "neuron": kept.model_dump(exclude_none=True)})
+    assert again.override({"neuron": "two_group"}).neuron == kept
 
 
 def test_another_name_drops_what_only_the_thing_before_took():

@@ -150,7 +150,8 @@ STRATEGIES: dict[str, StrategyKind] = {
     ),
     "streamlined": StrategyKind(
         "invert it, for two-group nodes: keep outputs and every K-th state, inverse and gradient in one pass; that of "
-        "bptt up to rho^K roundings and rare wrong spikes; option: K, or none (default: 4, or as many as are safe)",
+        "bptt up to rho^K roundings; backward refuses membranes that met the threshold (check of the node); option: K, "
+        "or none (default: 4, or as many as are safe)",
         False,
         node.run_reversing("streamlined"),
         node.check_reversal("streamlined"),

@@ -26,14 +26,15 @@ class TwoGroupNode(SpikingNeuron):
 
     Args:
         alpha: share of the other group's membrane that is carried along, 0 < alpha <= kappa.
-        beta: share of the other group's input in the output; not 0.
+        beta: share of the other group's input in the output, 0.001 <= |beta| <= 10.
         kappa: factor on the input, 0 < kappa <= 1; the membrane keeps 1 - kappa per step.
         v_threshold: firing level, > 0.
         v_reset: the level a hard reset goes to; None or "soft" for a soft reset (v - v_threshold).
         detach_reset: no gradient through the spike inside the reset.
         surrogate: a `Surrogate` or its text, "atan(2)".
-        check: "spikes" compares the spikes of backward with those of forward, by their number per step and group, and
-            raises ReconstructionError where they differ; "off" does not.
+        check: "spikes" compares the spikes of a backward that runs steps backwards with those of forward, by their
+            number per step and group, and raises ReconstructionError where they differ; "off" does not, and a membrane
+            at the threshold, as inputs on a coarse grid make them, then gets a wrong gradient without a word.
         backend: "auto", "reference", "numba" or "triton".
 
     Shapes:
@@ -58,7 +59,7 @@ class TwoGroupNode(SpikingNeuron):
         v_reset: float | str | None = 0.0,
         detach_reset: bool = False,
         surrogate: Surrogate | str = "atan(2)",
-        check: str = "off",
+        check: str = "spikes",
         backend: Backend = "auto",
     ) -> None:
         check_mixing(alpha, beta, kappa)
@@ -108,5 +109,5 @@ class TwoGroupNode(SpikingNeuron):
         )
 
     def extra_repr(self) -> str:
-        check = "" if self.check == "off" else f", check={self.check}"
+        check = "" if self.check == "spikes" else f", check={self.check}"
         return f"alpha={self.alpha:g}, beta={self.beta:g}, kappa={self.kappa:g}, {super().extra_repr()}{check}"

@@ -35,8 +35,9 @@ PACKED_ROWS = 512
 CUDA_BLOCK = 512
 # Dense values that firing in pieces makes for every value of a piece: current, spikes, gradients, places of a max pool.
 PIECES = 12
-# Live bytes from which a prediction is a promise: below, the heap of the process and the stacks of threads count too.
-PROMISED_FROM = 1 << 24
+# Peak from which a prediction is a promise: below, the heap of the process and the stacks of threads count too. Steps
+# of a sequence take heap as well, some 3 MiB for 512 of them, which the margin covers from here on.
+PROMISED_FROM = 1 << 25
 
 # Kept bytes by what keeps them; "segment" is the input of a checkpointed run of units.
 CATEGORIES = ("packed spikes", "membranes", "weight input", "norm input", "neuron input", "pool", "segment", "other")
@@ -345,7 +346,7 @@ def predicted_bytes(
 
     Returns:
         PredictedBytes; the peak counts activations, gradients and working memory, but not weights, buffers and input,
-        which exist before the step. Without autocast, on the CPU and from 16 MiB on, measured <= peak
+        which exist before the step. Without autocast, on the CPU and from 32 MiB on, measured <= peak
         <= 1.15 measured; `reliability` says for a step whether it is such a one.
 
     Raises:

@@ -17,8 +17,8 @@ from spikefit.models import MODELS
 from spikefit.models.table import preset_of
 from spikefit.neurons import NEURONS
 from spikefit.neurons.table import neuron_options
-from spikefit.training.options import annotations, unknown_key
-from spikefit.training.recipe import Recipe, data_options
+from spikefit.training.options import annotations, takes_none, unknown_key
+from spikefit.training.recipe import NeuronSection, Recipe, data_options
 
 # Short forms that are no key of any section, or one of several.
 ALIASES = {
@@ -109,7 +109,12 @@ def _rename(values: dict[str, Any], section: str, name: str) -> None:
     if section == "data" and name != values["data"].get("name"):
         taken -= {"mean", "std"}
         values["model"] = {k: v for k, v in values["model"].items() if k not in ("num_classes", "input_shape")}
-    values[section] = {"name": name, **{k: v for k, v in values[section].items() if k in taken}}
+    kept = values[section]
+    if section == "neuron" and name != kept.get("name", "lif"):
+        # defaults differ between neurons, and the recipe holds those of the last one written out
+        usual = NeuronSection(name=kept.get("name", "lif")).model_dump()
+        kept = {k: v for k, v in kept.items() if v != usual[k]}
+    values[section] = {"name": name, **{k: v for k, v in kept.items() if k in taken}}
 
 
 def _options_of(section: str, name: str | None) -> dict[str, Any]:
@@ -140,7 +145,8 @@ def _annotation(section: str, field: str, values: Mapping[str, Any]) -> Any:
 
 def _read(value: Any, annotation: Any) -> Any:
     """A Python value of a text; texts stay texts where the key takes nothing else."""
-    if not isinstance(value, str):
+    # a recipe keeps "none" as a text, which TOML can hold
+    if not isinstance(value, str) or (value.strip() == "none" and takes_none(annotation)):
         return value
     kinds = {annotation}
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):

@@ -41,6 +41,12 @@ def annotations(make: Callable[..., Any]) -> dict[str, Any]:
     return {p.name: hints.get(p.name, Any) for p in plain}
 
 
+def takes_none(annotation: Any) -> bool:
+    """Whether an option can be None and no text, so that the text "none" can only mean None."""
+    kinds = set(typing.get_args(annotation))
+    return type(None) in kinds and not any(k is str or typing.get_origin(k) is typing.Literal for k in kinds)
+
+
 def check_options(
     who: str, make: Callable[..., Any], options: Mapping[str, Any], *, reserved: Iterable[str] = ()
 ) -> None:

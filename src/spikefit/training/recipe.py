@@ -18,7 +18,7 @@ from spikefit.models import MODELS
 from spikefit.models.table import preset_of
 from spikefit.neurons import NEURONS, create_neuron
 from spikefit.neurons.table import neuron_options
-from spikefit.training.options import annotations, check_options, check_types, describe, near, unknown_key
+from spikefit.training.options import annotations, check_options, check_types, describe, near, takes_none, unknown_key
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -86,11 +86,18 @@ class EncodingSection(OpenSection):
 
 
 class ModelSection(OpenSection):
-    """A model of the zoo or `package.module:factory`; further keys are its options."""
+    """A model of the zoo or `package.module:factory`; further keys are its options.
+
+    "none" means None for options of the zoo that can be None and are no texts, as TOML has no word for it.
+    """
 
     name: str
     num_classes: Count | None = None
     input_shape: list[Count] | None = None
+
+    def options(self) -> dict[str, Any]:
+        known = annotations(MODELS[self.name].make) if self.name in MODELS else {}
+        return {k: None if v == "none" and takes_none(known.get(k)) else v for k, v in super().options().items()}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -131,7 +138,7 @@ class NeuronSection(Section):
         if name in ("lif", "plif"):
             return {"tau": 2.0, "decay_input": False, **values}
         if name == "two_group":
-            own = {"alpha": 0.4, "beta": 0.5, "kappa": 0.5, "check": "off", "v_reset": 0.0, "detach_reset": False}
+            own = {"alpha": 0.4, "beta": 0.5, "kappa": 0.5, "check": "spikes", "v_reset": 0.0, "detach_reset": False}
             return {**own, **values}
         return values
 
@@ -277,7 +284,8 @@ class Recipe(BaseModel):
                 "width"); "timesteps", "batch", "image" and the section names ("model", "strategy", ...) are short
                 forms. Values are texts ("0.1", "3x32x32", "true") or Python values.
 
-        A new name drops the options that only the thing before it had.
+        A new name drops the options that only the thing before it had; a new neuron also takes its own defaults, in the
+        place of values that were the defaults of the one before.
 
         Raises:
             RecipeError: unknown key, with near ones, or a value of the wrong type.

@@ -17,6 +17,10 @@ from spikefit.ops.surrogate import Surrogate
 
 # Largest growth of rounding, rho^K eps, at which running K steps backwards counts as safe.
 SAFE_GROWTH = 1e-3
+# Least and largest |beta|. In y = s + beta x the digits of x below eps / beta are lost beside a spike; at 1e-3 that is
+# 6e-5 in float32, the rounding of four steps undone at the defaults. And y drives the other group, so its membranes and
+# their rounding grow with beta: at 10, four steps undone come to 6e-4, which `SAFE_GROWTH` still allows.
+BETA_RANGE = (1e-3, 10.0)
 # Distances beyond this many steps are as good as none.
 LONGEST = 1 << 20
 
@@ -89,7 +93,7 @@ class TwoGroups:
 
 
 def check_mixing(alpha: float, beta: float, kappa: float) -> None:
-    """Raise OptionError unless 0 < kappa <= 1, 0 < alpha <= kappa and beta is a finite number other than 0."""
+    """Raise OptionError unless 0 < kappa <= 1, 0 < alpha <= kappa and |beta| lies in `BETA_RANGE`."""
     for name, value in (("alpha", alpha), ("beta", beta), ("kappa", kappa)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise OptionError(f"two_group: {name} must be a finite number, got {value!r}.")
@@ -98,6 +102,13 @@ def check_mixing(alpha: float, beta: float, kappa: float) -> None:
     if beta == 0:
         raise OptionError(
             "two_group: beta must not be 0, as backward divides by it to get the input back; take beta=0.5."
+        )
+    least, most = BETA_RANGE
+    if not least <= abs(beta) <= most:
+        lost = "the spike hides the input" if abs(beta) < least else "the input hides the spike"
+        raise OptionError(
+            f"two_group: |beta| must lie in [{least:g}, {most:g}], got {beta:g}: outputs are s + beta x, and "
+            f"in rounding {lost}; take beta=0.5."
         )
     if alpha <= 0:
         raise OptionError(

@@ -1,7 +1,7 @@
 """The one door to the two-group node: it checks, chooses a backend and what is kept, and owns the backward."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ def two_group(
     v_reset: float | None = 0.0,
     detach_reset: bool = False,
     surrogate: Surrogate | str = atan(2),  # noqa: B008 (an immutable value)
-    check: str = "off",
+    check: str = "spikes",
     reversal: Reversal | None = None,
     backend: dispatch.Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -48,9 +48,11 @@ def two_group(
 
     What is kept between forward and backward: with `reversal=None` what autograd keeps (the reference) or the membranes
     u of all steps (the kernels); with a `Reversal` the outputs y, which the next layer keeps anyway, the last state and
-    the anchors. The gradient is then that of plain autograd up to about rho^K eps, K the distance of anchors, as long
-    as no membrane lies so close to the threshold that its spike comes back wrong: such a pair of neurons gets a wrong
-    gradient at that step and those before it, down to the next anchor. `check="spikes"` looks for that.
+    the anchors, and with `check="spikes"` two integers per step. The gradient is then that of plain autograd up to
+    about rho^K eps, K the distance of anchors, as long as no membrane lies so close to the threshold that its spike
+    comes back wrong: such a pair of neurons would get a wrong gradient at that step and those before it, down to the
+    next anchor. Inputs on a coarse grid, such as integers, meet the threshold exactly, and a finer dtype does not help
+    there. `check="spikes"` raises instead; `check="off"` returns the wrong gradient without a word.
 
     Args:
         x: input current, [T, B, C, ...] with C even, in the unit of `v_threshold`; float32 or float64. Half precision
@@ -58,13 +60,14 @@ def two_group(
         v_0: state before the first step, [B, C, ...], both groups side by side; zeros if None. float32, or float64 for
             float64 input.
         alpha: share of the other group's membrane that is carried along, 0 < alpha <= kappa (above, membranes grow).
-        beta: share of the other group's input in the output; not 0.
+        beta: share of the other group's input in the output, 0.001 <= |beta| <= 10, see `BETA_RANGE`.
         kappa: factor on the input, 0 < kappa <= 1; the membrane keeps 1 - kappa per step.
         v_threshold: firing level, > 0.
         v_reset: the level a hard reset goes to, or None for a soft reset.
         detach_reset: no gradient through the s inside the reset.
         surrogate: slope of the step, a `Surrogate` or its text, "atan(2)".
-        check: "spikes" counts the spikes of every step and group in forward and compares them in reverse.
+        check: with a `reversal`, "spikes" counts the spikes of every step and group in forward and compares them in
+            backward (not under `torch.compile` with backend="reference"); "off" does not.
         reversal: how backward gets the states back; None keeps them.
         backend: "auto", "reference", "numba" (CPU) or "triton" (CUDA).
 
@@ -131,6 +134,11 @@ def _checked_input(x: Tensor) -> Tensor:
         return x
     if x.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(x.device.type):
         return x.float()
+    if not x.is_floating_point():
+        raise ShapeError(
+            f"two_group: expected float32 or float64, got {x.dtype}: outputs and states are real numbers. Pass "
+            "x.float()."
+        )
     raise ShapeError(
         f"two_group: expected float32 or float64, got {x.dtype}: in half precision the states cannot be run backwards "
         "for a single step. Keep the model in float32 and use torch.autocast."
@@ -215,11 +223,10 @@ class _Reversed(torch.autograd.Function):
         if call.backend == "reference":
             run = reference.streamlined if call.strategy == "streamlined" else reference.generic
             dx, dv_0, found = run(g, q, y, v_T, anchors, call.node, call.every)
-        else:
-            dx, dv_0, found = _backward(g, q, y, v_T, anchors, call.strategy == "generic", *call.options)
-        if call.check:
-            _compare(found, counts, call)
-        return dx, dv_0
+            if call.check and has_values(found):
+                _compare(found, counts, call.strategy, call.node, call.every)
+            return dx, dv_0
+        return _backward(g, q, y, v_T, anchors, counts, call.strategy == "generic", *call.options)
 
 
 class _Kept(torch.autograd.Function):
@@ -265,19 +272,23 @@ def _last(d: Tensor) -> Tensor:
     return _Last.apply(d, torch.zeros((), requires_grad=True)) if torch.is_grad_enabled() else d
 
 
-def _compare(found: Tensor, counts: Tensor, call: _Call) -> None:
-    """Raise ReconstructionError at the first step, in the order of backward, whose spikes are not those of forward."""
-    if not has_values(found):
-        return
+def _compare(found: Tensor, counts: Tensor, strategy: str, node: TwoGroups, every: int) -> None:
+    """Raise ReconstructionError at the first step, in the order of backward, whose spikes are not those of forward.
+
+    Args:
+        found: spikes of each pass of backward, step and group, [passes, T, 2].
+        counts: those of forward, [T, 2].
+    """
     wrong = (found != counts).nonzero().tolist()
     if wrong:
         # backward meets the last step first, and in it the second group
-        step, group = max(wrong)
+        at, step, group = max(wrong, key=lambda place: place[1:])
         raise ReconstructionError(
-            f"two_group: backward ({call.strategy}) found {int(found[step, group])} spikes in group {group + 1} at "
-            f"step {step + 1} of {len(counts)}, where forward had {int(counts[step, group])}, so the gradient would be "
-            f"wrong ({call.node.who}, anchor_every={call.every}); lower anchor_every, raise alpha or kappa, or use "
-            "float64 or strategy='bptt'."
+            f"two_group: backward ({strategy}) found {int(found[at, step, group])} spikes in group {group + 1} at step "
+            f"{step + 1} of {len(counts)}, where forward had {int(counts[step, group])}: a membrane at the threshold "
+            f"came back on the other side of it, and the gradient would be wrong ({node.who}, anchor_every={every}). "
+            "Use strategy='bptt', or finer inputs, as coarse ones meet the threshold exactly; where they do not, lower "
+            "anchor_every, or raise alpha or kappa."
         )
 
 
@@ -376,6 +387,7 @@ def _backward(
     y: Tensor,
     v_T: Tensor,
     anchors: Tensor,
+    counts: Tensor,
     generic: bool,
     numbers: Sequence[float],
     reset: str,
@@ -384,31 +396,35 @@ def _backward(
     every: int,
     check: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dv_0, spikes of every step and group, or nothing)."""
+) -> tuple[Tensor, Tensor]:
+    """(dx, dv_0); raises ReconstructionError unless the spikes of every pass are `counts`."""
     node, rows = TwoGroups.unflat(numbers, reset, detach_reset, surrogate), _Rows(y)
-    dx, dv_0, counts = rows.empty(y, y.shape[0]), rows.empty_state(y), _no_counts(y, check)
-    run = _generic if generic else _kernels(backend).streamlined
+    dx, dv_0 = rows.empty(y, y.shape[0]), rows.empty_state(y)
+    found = [_no_counts(y, check) for _ in range(2 if generic else 1)]
+    run: Callable[..., None] = _generic if generic else _kernels(backend).streamlined
     run(
         rows.sequence(g), rows.state(q), rows.sequence(y), rows.state(v_T), rows.sequence(anchors), rows.sequence(dx),
-        rows.state(dv_0), counts, rows.run, node, every, *([_kernels(backend)] if generic else []),
+        rows.state(dv_0), *found, rows.run, node, every, *([_kernels(backend)] if generic else []),
     )  # fmt: skip
-    return dx, dv_0, counts
+    if check:
+        # here, where a compiled graph runs it too
+        _compare(torch.stack(found), counts, "generic" if generic else "streamlined", node, every)
+    return dx, dv_0
 
 
 @_backward.register_fake
-def _(g, q, y, v_T, anchors, generic, *options):
+def _(g, q, y, *others):
     rows = _Rows(y)
-    return rows.empty(y, y.shape[0]), rows.empty_state(y), _no_counts(y, options[-2])
+    return rows.empty(y, y.shape[0]), rows.empty_state(y)
 
 
 def _generic(
     g_TN: Tensor, q: Tensor, y_TN: Tensor, v_T: Tensor, anchors_AN: Tensor, dx_TN: Tensor, dv_0: Tensor, counts: Tensor,
-    run: int, node: TwoGroups, every: int, kernels: Any,
+    again: Tensor, run: int, node: TwoGroups, every: int, kernels: Any,
 ) -> None:  # fmt: skip
-    """Segment by segment: inverse, forward again with its membranes kept, gradient from them."""
+    """Segment by segment: inverse (`counts`), forward with its membranes kept (`again`), gradient from them."""
     T = y_TN.shape[0]
-    x_KN, again_KN, u_KN = (torch.empty_like(y_TN[: min(T, every)]) for _ in range(3))
+    x_KN, y_KN, u_KN = (torch.empty_like(y_TN[: min(T, every)]) for _ in range(3))
     none, before = y_TN[:0], torch.empty_like(v_T)
     for first, last in reference.segments(T, every):
         steps = slice(0, last - first)
@@ -416,7 +432,7 @@ def _generic(
         kernels.inverse(y_TN[first:last], after, x_KN[steps], before, counts[first:last], run, node)
         start = reference.kept_state(first, v_T, anchors_AN, every) if first else before
         end = torch.empty_like(v_T)
-        kernels.forward(x_KN[steps], start, again_KN[steps], end, u_KN[steps], none, none, run, node, T)
+        kernels.forward(x_KN[steps], start, y_KN[steps], end, u_KN[steps], none, again[first:last], run, node, T)
         kernels.adjoint(g_TN[first:last], q, u_KN[steps], dx_TN[first:last], dv_0, run, node)
         # blocks read their part of q before they write it
         q = dv_0
@@ -424,7 +440,7 @@ def _generic(
 
 def generic_scratch_bytes(arguments: Sequence[Any]) -> int:
     """Working memory inside `spikefit::two_group_backward`, from its arguments, which no tensor shows."""
-    y, v_T, generic, every = arguments[2], arguments[3], arguments[5], arguments[10]
+    y, v_T, generic, every = arguments[2], arguments[3], arguments[6], arguments[11]
     # inputs, outputs and membranes of a segment, and the states around it
     return (3 * min(y.shape[0], every) + 2) * v_T.nbytes if generic else 0
 

@@ -13,6 +13,7 @@ Simple on purpose: the kernels are tested against this file.
 The formulas are a reconstruction of ours; see `equation`.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -81,11 +82,24 @@ def undo(y_1: Tensor, y_2: Tensor, w_1: Tensor, w_2: Tensor, node: TwoGroups) ->
 def two_group(x: Tensor, v_0: Tensor, node: TwoGroups) -> tuple[Tensor, Tensor]:
     """Run T steps by plain autograd; returns (outputs [T, B, C, ...], last state [B, C, ...])."""
     outputs, state = [], halves(v_0, 1)
-    for x_t in x.unbind(0):
-        done = step(*halves(x_t, 1), *state, node)
+    for done in steps(x, v_0, node):
         outputs.append(torch.cat(done.outer, 1))
         state = done.state
     return torch.stack(outputs), torch.cat(state, 1)
+
+
+def steps(x: Tensor, v_0: Tensor, node: TwoGroups) -> Iterator[Step]:
+    """The T steps one after the other."""
+    state = halves(v_0, 1)
+    for x_t in x.unbind(0):
+        done = step(*halves(x_t, 1), *state, node)
+        yield done
+        state = done.state
+
+
+def spikes_of(done: Step) -> Tensor:
+    """How many neurons of each group fire in a step, [2]."""
+    return torch.stack([s.sum(dtype=torch.float64) for s in done.s])
 
 
 @torch.no_grad()
@@ -97,7 +111,7 @@ def forward(x: Tensor, v_0: Tensor, node: TwoGroups, every: int) -> Record:
         done = step(*halves(x[t], 1), *state, node)
         y[t] = torch.cat(done.outer, 1)
         state = done.state
-        counts.append(torch.stack([s.sum(dtype=torch.float64) for s in done.s]))
+        counts.append(spikes_of(done))
         if (t + 1) % every == 0 and t + 1 < T:
             kept.append(torch.cat(state, 1))
     anchors = torch.stack(kept) if kept else v_0.new_empty(0, *v_0.shape)
@@ -118,7 +132,7 @@ def kept_state(last: int, v_T: Tensor, anchors: Tensor, every: int) -> Tensor:
 def streamlined(
     g: Tensor, q: Tensor, y: Tensor, v_T: Tensor, anchors: Tensor, node: TwoGroups, every: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Inverse and gradient in one pass, last step first; returns (dx, dv_0, spikes of each step and group [T, 2])."""
+    """Inverse and gradient in one pass, last step first; returns (dx, dv_0, spikes of step and group [1, T, 2])."""
     dx, counts, dw = torch.empty_like(y), torch.empty(len(y), 2, dtype=torch.int64, device=y.device), halves(q, 1)
     for first, last in segments(y.shape[0], every):
         # a kept state takes the place of the rebuilt one
@@ -126,9 +140,9 @@ def streamlined(
         for t in reversed(range(first, last)):
             done = undo(*halves(y[t], 1), *state, node)
             dx[t], dw = adjoint_step(*halves(g[t], 1), *dw, done, node)
-            counts[t] = torch.stack([s.sum(dtype=torch.float64) for s in done.s])
+            counts[t] = spikes_of(done)
             state = done.state
-    return dx, torch.cat(dw, 1), counts
+    return dx, torch.cat(dw, 1), counts[None]
 
 
 def adjoint_step(
@@ -164,20 +178,26 @@ def _through(u: Tensor, s: Tensor, node: TwoGroups) -> tuple[Tensor, Tensor]:
 def generic(
     g: Tensor, q: Tensor, y: Tensor, v_T: Tensor, anchors: Tensor, node: TwoGroups, every: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What wrappers of reversible layers do: inverse, forward again with a graph, autograd. As `streamlined`."""
-    dx, counts = torch.empty_like(y), torch.empty(len(y), 2, dtype=torch.int64, device=y.device)
+    """What wrappers of reversible layers do: inverse, forward again with a graph, autograd.
+
+    As `streamlined`; spikes [2, T, 2] of the inverse and of the second forward.
+    """
+    dx, counts = torch.empty_like(y), torch.empty(2, len(y), 2, dtype=torch.int64, device=y.device)
     for first, last in segments(y.shape[0], every):
         state, inputs = halves(kept_state(last, v_T, anchors, every), 1), []
         with torch.no_grad():
             for t in reversed(range(first, last)):
                 done = undo(*halves(y[t], 1), *state, node)
-                counts[t] = torch.stack([s.sum(dtype=torch.float64) for s in done.s])
+                counts[0, t] = spikes_of(done)
                 inputs.append(torch.cat(done.outer, 1))
                 state = done.state
         before = kept_state(first, v_T, anchors, every) if first else torch.cat(state, 1)
         with torch.enable_grad():
             x, v = torch.stack(inputs[::-1]).requires_grad_(), before.detach().requires_grad_()
-            dx[first:last], q = torch.autograd.grad(two_group(x, v, node), (x, v), (g[first:last], q))
+            again = list(steps(x, v, node))
+            outputs = torch.stack([torch.cat(done.outer, 1) for done in again]), torch.cat(again[-1].state, 1)
+            dx[first:last], q = torch.autograd.grad(outputs, (x, v), (g[first:last], q))
+        counts[1, first:last] = torch.stack([spikes_of(done) for done in again])
     return dx, q, counts
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,9 +76,19 @@ class Reversal:
                 f"two_group: anchor_every={self.anchor_every} undoes up to {every} steps, where rounding grows by "
                 f"rho={rho:.3g} a step to {reverse_growth(every, node, dtype):.2g} ({node.who}, {dtype}): gradients "
                 f"will be off. {_way_out(longest)}",
-                stacklevel=2,
+                stacklevel=_level_outside(),
             )
         return every
+
+
+def _level_outside() -> int:
+    """The stacklevel at which a warning of the caller points at the first line outside spikefit and torch."""
+    if torch.compiler.is_compiling():
+        return 2
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("spikefit", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _way_out(longest: int) -> str:
