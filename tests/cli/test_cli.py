@@ -244,7 +244,8 @@ def test_list_without_a_word_and_for_a_model(run):
     words = ("share=layer_channel", "groups=2", "neuron.frac_bits=16")
     rows = json.loads(run("list", "strategies", "har_mlp", *words, "--json")[1])
     applies = {row["name"]: row["applies"] for row in rows}
-    assert {name for name, text in applies.items() if text == "yes"} == {"bptt", "checkpoint", "replay", "integer"}
+    wanted = {"bptt", "checkpoint", "step_checkpoint", "replay", "integer"}
+    assert {name for name, text in applies.items() if text == "yes"} == wanted
     assert "share a membrane" in applies["lean"]
     assert "use strategy='integer'" in applies["inverse"]
 

@@ -97,7 +97,7 @@ def test_stopped_without_a_folder_says_that_nothing_is_saved(tmp_path):
     # long enough to be in the middle of the run, which ends in hours
     started = time.monotonic()
     words = [*TRAIN, "epochs=100000"]
-    (line,) = stopped(tmp_path, *words, when=lambda: time.monotonic() - started > 8)
+    (line,) = stopped(tmp_path, *words, when=lambda: time.monotonic() - started > 15)
     assert line == "spikefit: stopped; nothing is saved, because there was no --out."
 
 

@@ -15,6 +15,10 @@ SMALL = {
     "vgg11": {"width": 0.0625},
     "vgg16": {"width": 0.0625, "input_shape": (3, 16, 16)},
     "resnet19": {"width": 0.0625, "input_shape": (3, 16, 16)},
+    "revsresnet21": {"width": 0.0625, "input_shape": (3, 16, 16)},
+    "revsresnet37": {"width": 0.0625, "input_shape": (3, 16, 16)},
+    "revsformer_2_384": {"channels": 64, "heads": 2, "input_shape": (3, 16, 16)},
+    "revsformer_4_384": {"channels": 64, "heads": 2, "input_shape": (3, 16, 16)},
     "har_mlp": {"hidden": 32},
     "har_conv": {"timesteps": 16, "widths": [8, 8]},
 }
