@@ -185,9 +185,11 @@ def keep_of(unit: SpikingUnit, option: str | None) -> str:
     return "spikes" if unit.synapse.weight[0].numel() <= CHEAP_MACS else "input"
 
 
-def check_run_length(option: str | None) -> None:
-    """Raise StrategyError unless the option is None or a whole number of at least 1."""
-    if option is not None and not (option.isdecimal() and int(option) >= 1):
-        raise StrategyError(
-            f"strategy checkpoint: the option is the number of units per run, 1 or more, got {option!r}."
-        )
+def check_count(strategy: str, what: str) -> Callable[[str | None], None]:
+    """A check that the option of `strategy`, the number of `what`, is None or a whole number of at least 1."""
+
+    def check(option: str | None) -> None:
+        if option is not None and not (option.isdecimal() and int(option) >= 1):
+            raise StrategyError(f"strategy {strategy}: the option is the number of {what}, 1 or more, got {option!r}.")
+
+    return check

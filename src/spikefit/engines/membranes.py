@@ -7,11 +7,9 @@ from torch import Tensor
 
 from spikefit.errors import StrategyError
 from spikefit.layers import ResidualBlock, SpikingUnit
-from spikefit.layers.packed import Spikes, dense
+from spikefit.layers.chain import State, run_blocks
 from spikefit.layers.rebuild import TOLERANCE, Rebuild, neuron_of
 from spikefit.layers.shared import SharedStage
-
-State = tuple[Any, ...]
 
 
 def stages_of(chain: list[Any]) -> list[Any]:
@@ -26,17 +24,8 @@ def stages_of(chain: list[Any]) -> list[Any]:
 
 def run_stages(chain: list[Any], x: Tensor, state: State, rebuild: Rebuild) -> tuple[Tensor, State]:
     """Run the chain; stages keep the bits of spikes and rebuild membranes as `rebuild` says, the rest is as usual."""
-    after: list[Any] = []
-    value: Spikes = x
-    for block, before in zip(stages_of(chain), state, strict=True):
-        if isinstance(block, SharedStage):
-            value, s = block(value, before, packed=True, rebuild=rebuild)
-        elif getattr(block, "takes_packed", False):
-            value, s = block(value, before, packed=True)
-        else:
-            value, s = block(dense(value), before)
-        after.append(s)
-    return dense(value), tuple(after)
+    how = {"rebuild": rebuild}
+    return run_blocks(stages_of(chain), x, state, options=lambda block: how if isinstance(block, SharedStage) else {})
 
 
 def run_replay(chain: list[Any], x: Tensor, state: State, option: str | None) -> tuple[Tensor, State]:

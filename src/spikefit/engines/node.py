@@ -7,10 +7,9 @@ from torch import Tensor, nn
 
 from spikefit.engines import depth
 from spikefit.errors import StrategyError
+from spikefit.layers.chain import State
 from spikefit.neurons.two_group import TwoGroupNode
 from spikefit.ops.node.reversal import Reversal, ReversalName, reversing
-
-State = tuple[Any, ...]
 
 
 def run_reversing(name: ReversalName) -> Callable[[list[Any], Tensor, State, str | None], tuple[Tensor, State]]:

@@ -107,14 +107,14 @@ STRATEGIES: dict[str, StrategyKind] = {
         "recompute it: keep the input of every run of units; option: units per run (default: square root of all)",
         True,
         depth.run_checkpointed,
-        depth.check_run_length,
+        depth.check_count("checkpoint", "units per run"),
     ),
     "step_checkpoint": StrategyKind(
         "recompute it in time: keep the states in front of every piece of steps and run it again, for networks that "
         "can be stepped; option: steps per piece (default: 1)",
         True,
         time.run_step_checkpointed,
-        time.check_steps,
+        depth.check_count("step_checkpoint", "steps per piece"),
         check_chain=time.check_stepped,
     ),
     "replay": StrategyKind(

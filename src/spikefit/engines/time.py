@@ -34,14 +34,6 @@ def _piece(chain: list[Any], spec: TreeSpec, x: Tensor, *leaves: Tensor | None) 
     return out, spec, *leaves_after
 
 
-def check_steps(option: str | None) -> None:
-    """Raise StrategyError unless the option is None or a number of steps."""
-    if option is not None and not (option.isdecimal() and int(option) >= 1):
-        raise StrategyError(
-            f"strategy step_checkpoint: the option is the number of steps per piece, 1 or more, got {option!r}."
-        )
-
-
 def check_stepped(chain: list[Any], option: str | None = None) -> None:
     """Raise StrategyError unless the chain can be run piece by piece in time."""
     for name, block in zip(names_of(chain), chain, strict=True):

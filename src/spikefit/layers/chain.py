@@ -1,6 +1,6 @@
 """Blocks one after the other, as one block."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from itertools import repeat
 from typing import Any
@@ -15,7 +15,11 @@ State = tuple[Any, ...]
 
 
 def run_blocks(
-    blocks: Iterable[Any], x: Spikes, state: State, names: Iterable[str] = repeat("")
+    blocks: Iterable[Any],
+    x: Spikes,
+    state: State,
+    names: Iterable[str] = repeat(""),
+    options: Callable[[Any], dict[str, Any]] = lambda block: {},
 ) -> tuple[Tensor, State]:
     """Run blocks one after the other; each keeps for backward what autograd or its own `keep` says.
 
@@ -26,6 +30,7 @@ def run_blocks(
         x: [T, B, ...].
         state: one entry per block; None starts that block from zero.
         names: how messages call the blocks; "" for those that name themselves.
+        options: further keyword arguments of a block.
 
     Returns:
         (output of the last block, state after the last step).
@@ -33,9 +38,12 @@ def run_blocks(
     after = []
     value: Spikes = x
     for (block, before), name in zip(zip(blocks, state, strict=True), names, strict=False):
-        takes_packed = getattr(block, "takes_packed", False)
+        further = options(block)
         with named(name) if name else nullcontext():
-            value, s = block(value, before, packed=True) if takes_packed else block(dense(value), before)
+            if getattr(block, "takes_packed", False):
+                value, s = block(value, before, packed=True, **further)
+            else:
+                value, s = block(dense(value), before, **further)
         after.append(s)
     return dense(value), tuple(after)
 

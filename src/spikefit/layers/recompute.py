@@ -48,6 +48,7 @@ def unchanged_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
     for part, buffers in before:
         part._buffers.update({name: b if b is None else b.clone() for name, b in buffers.items()})
     try:
+        # our own norms need not even compute what would be thrown away
         with frozen_statistics(modules):
             yield
     finally:

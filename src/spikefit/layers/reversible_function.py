@@ -132,14 +132,15 @@ class _Backward:
     """Walks blocks from the last to the first."""
 
     def __init__(self, ctx, g: Tensor | None, q: list[Tensor | None]) -> None:
-        self.blocks, self.device, self.keys = ctx.call.blocks, ctx.device, ctx.call.keys
+        self.blocks, self.device = ctx.call.blocks, ctx.device
         self.kept, tensors = tree_unflatten(list(ctx.saved_tensors), ctx.spec)
         self.g = torch.zeros_like(self.kept.streams) if g is None else g
         self.states = tree_unflatten(list(tensors[: ctx.call.states]), ctx.call.spec)
         # gradients of what a sub-network leaves as state, in the structure of that state
         self.q = tree_unflatten(q, ctx.after)
-        rest, wants = iter(tensors[ctx.call.states :]), iter(ctx.needs_input_grad[3 + ctx.call.states :])
-        self.tensors = [{key: _leaf(next(rest), next(wants)) for key in keys} for keys in self.keys]
+        rest, wants = tensors[ctx.call.states :], ctx.needs_input_grad[3 + ctx.call.states :]
+        leaves = (t.detach().requires_grad_(want) for t, want in zip(rest, wants, strict=True))
+        self.tensors = [{key: next(leaves) for key in keys} for keys in ctx.call.keys]
         self.d_states: list[list[Tensor | None]] = [[] for _ in self.states]
         self.d_tensors: list[list[Tensor | None]] = [[] for _ in self.states]
 
@@ -228,11 +229,6 @@ def _foreign(f: Tensor, inputs: list[Tensor]) -> Tensor | None:
             return variable
         todo += [following for following, _ in node.next_functions]
     return None
-
-
-def _leaf(t: Tensor, want: bool) -> Tensor:
-    """The tensor as an input of a graph of its own."""
-    return t.detach().requires_grad_(want)
 
 
 def checksum(stream: Tensor) -> Tensor:

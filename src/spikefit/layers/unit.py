@@ -25,7 +25,8 @@ from spikefit.layers.weight import (
     map_of,
     parameters_of,
 )
-from spikefit.neurons import SpikingNeuron, create_neuron
+from spikefit.neurons import SpikingNeuron
+from spikefit.neurons.table import as_neuron
 from spikefit.ops.lif.op import dynamics_of
 from spikefit.ops.norm import Moments
 
@@ -444,9 +445,7 @@ def _check_pool(space: tuple[int, ...], pool: str | None) -> None:
 
 
 def _neuron(neuron: NeuronLike) -> SpikingNeuron | None:
-    if neuron is None or isinstance(neuron, SpikingNeuron):
-        return neuron
-    return create_neuron(neuron) if isinstance(neuron, str) else create_neuron(**neuron)
+    return None if neuron is None else as_neuron(neuron)
 
 
 def _norm(name: str, channels: int, neuron: SpikingNeuron | None) -> nn.Module | None:

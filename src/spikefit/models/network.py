@@ -12,13 +12,12 @@ from spikefit.engines.plan import Plan
 from spikefit.engines.strategy import Strategy, parse_strategy
 from spikefit.errors import OptionError, ShapeError, StateError, StrategyError
 from spikefit.layers import SpikingUnit
+from spikefit.layers.chain import State
 from spikefit.layers.shared import TAKES, SharedStage, check_groups, check_share, shares_layers
 from spikefit.layers.weight import check_floating
 from spikefit.models.checks import check_count
 from spikefit.neurons import SpikingNeuron
 from spikefit.ops.dtype import compute_dtype
-
-State = tuple[Any, ...]
 
 
 class SpikingNetwork(nn.Module):

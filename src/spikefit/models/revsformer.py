@@ -16,7 +16,7 @@ from spikefit.layers import (
 )
 from spikefit.models.checks import check_count, check_input_shape
 from spikefit.models.network import SpikingNetwork
-from spikefit.models.revsresnet import fire
+from spikefit.neurons.table import as_neuron
 
 # (blocks, channels of a stream)
 SIZES: dict[str, tuple[int, int]] = {"revsformer_2_384": (2, 384), "revsformer_4_384": (4, 384)}
@@ -72,7 +72,7 @@ def revsformer(
 
     def mixing() -> nn.Module:
         wide = SpikingConv2d(D, 4 * D, 1, norm=norm, neuron=neuron, bias=True)
-        return Chain(fire(neuron), wide, SpikingConv2d(4 * D, D, 1, norm=norm, neuron=None, bias=True))
+        return Chain(as_neuron(neuron), wide, SpikingConv2d(4 * D, D, 1, norm=norm, neuron=None, bias=True))
 
     pairs = [(SpikingAttention(D, heads=heads, norm=norm, neuron=neuron), mixing()) for _ in range(count)]
     made += [Twice(), TwoStreams(pairs, order=order, stream_grid=stream_grid)]

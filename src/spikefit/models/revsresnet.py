@@ -8,7 +8,7 @@ from spikefit.errors import OptionError
 from spikefit.layers import Chain, GlobalAveragePool, Pool2d, Readout, SpikingConv2d, TwoStreams
 from spikefit.models.checks import check_counts, check_input_shape, check_width
 from spikefit.models.network import SpikingNetwork
-from spikefit.neurons import SpikingNeuron, create_neuron
+from spikefit.neurons.table import as_neuron
 
 # Width of one stream in every stage.
 WIDTHS = (64, 128, 256, 448)
@@ -60,18 +60,13 @@ def revsresnet(
 
     def half(channels: int) -> nn.Module:
         first = SpikingConv2d(channels, channels, norm=norm, neuron=neuron)
-        return Chain(fire(neuron), first, SpikingConv2d(channels, channels, **current))
+        return Chain(as_neuron(neuron), first, SpikingConv2d(channels, channels, **current))
 
     made: list[nn.Module] = [SpikingConv2d(shape[0], 2 * widths[0], **current)]
     for stage, (channels, count) in enumerate(zip(widths, counts, strict=True)):
         if stage:
-            made += [fire(neuron), Pool2d("avg"), SpikingConv2d(2 * widths[stage - 1], 2 * channels, 1, **current)]
+            made += [as_neuron(neuron), Pool2d("avg"), SpikingConv2d(2 * widths[stage - 1], 2 * channels, 1, **current)]
         pairs = [(half(channels), half(channels)) for _ in range(count)]
         made.append(TwoStreams(pairs, order=order, stream_grid=stream_grid))
-    made += [fire(neuron), GlobalAveragePool(), Readout(2 * widths[-1], num_classes)]
+    made += [as_neuron(neuron), GlobalAveragePool(), Readout(2 * widths[-1], num_classes)]
     return SpikingNetwork(made, input_shape=shape)
-
-
-def fire(neuron: str | dict[str, Any]) -> SpikingNeuron:
-    """A neuron that stands alone."""
-    return create_neuron(neuron) if isinstance(neuron, str) else create_neuron(**neuron)

@@ -44,6 +44,13 @@ def create_neuron(name: str = "lif", **options: Any) -> SpikingNeuron:
     return cls(**options)
 
 
+def as_neuron(neuron: SpikingNeuron | str | dict[str, Any]) -> SpikingNeuron:
+    """The neuron that users write as a module, a name, or {"name": ..., option: ...}."""
+    if isinstance(neuron, SpikingNeuron):
+        return neuron
+    return create_neuron(neuron) if isinstance(neuron, str) else create_neuron(**neuron)
+
+
 def neuron_options(cls: Callable[..., nn.Module]) -> set[str]:
     """The names of all keyword options of a neuron class, with those it hands on to its base."""
     parameters = list(inspect.signature(cls).parameters.values())

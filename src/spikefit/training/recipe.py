@@ -1,5 +1,6 @@
 """Recipes: one run as a TOML file, read from top to bottom in the order the data flows, checked before it starts."""
 
+import inspect
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -135,12 +136,10 @@ class NeuronSection(Section):
     def _fill(cls, values: Any) -> Any:
         # not every neuron has them, so they cannot be plain defaults
         name = values.get("name", "lif") if isinstance(values, dict) else None
-        if name in ("lif", "plif"):
-            return {"tau": 2.0, "decay_input": False, **values}
-        if name == "two_group":
-            own = {"alpha": 0.4, "beta": 0.5, "kappa": 0.5, "check": "spikes", "v_reset": 0.0, "detach_reset": False}
-            return {**own, **values}
-        return values
+        if name not in NEURONS:
+            return values
+        own = inspect.signature(NEURONS[name]).parameters.values()
+        return {p.name: p.default for p in own if p.name in cls.model_fields} | values
 
     def options(self) -> dict[str, Any]:
         """What is written besides the name; fields at the value of a neuron that does not take them are left out."""
