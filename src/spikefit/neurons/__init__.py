@@ -3,6 +3,7 @@
 from spikefit.neurons.lif import IF, LIF, ParametricLIF, SpikingNeuron
 from spikefit.neurons.readout import LeakyReadout
 from spikefit.neurons.table import NEURONS, create_neuron
+from spikefit.neurons.threshold import Threshold
 from spikefit.neurons.two_group import TwoGroupNode
 from spikefit.ops.node.reversal import reversing
 
@@ -13,6 +14,7 @@ __all__ = [
     "LeakyReadout",
     "ParametricLIF",
     "SpikingNeuron",
+    "Threshold",
     "TwoGroupNode",
     "create_neuron",
     "reversing",
