@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 from spikefit.errors import OptionError, RangeError, ReconstructionError, ShapeError, StateError, StrategyError
 from spikefit.layers import Chain, Dropout, SpikingConv2d, SpikingLinear, TwoStreams
 from spikefit.layers.coupling import couple, largest, on_grid, uncouple
-from spikefit.layers.reversible_function import checksum, run_reversible
+from spikefit.layers.reversible_function import checksum_of, run_reversible
 from spikefit.layers.two_streams import halves, side_by_side
 from spikefit.neurons import LIF
 from support import dyadic, saved_bytes
@@ -223,15 +223,15 @@ def test_a_changed_last_bit_of_what_is_kept_is_noticed():
 
 def test_a_checksum_sees_every_single_bit():
     x = torch.randn(2, 2, 3, 5, generator=torch.Generator().manual_seed(0)).movedim(-1, 2)
-    wanted = checksum(x)
+    wanted = checksum_of(x)
     for at in range(x.numel()):
         for bit in (0, 7, 22, 30, 31):
             changed = x.movedim(2, -1).clone()
             flat = changed.view(-1).view(torch.int32)
             flat[at] ^= -(2**31) if bit == 31 else 1 << bit
-            assert checksum(changed.movedim(-1, 2)) != wanted
-    assert checksum(x.clone()) == wanted
-    assert checksum(x.flip(0)) != wanted
+            assert checksum_of(changed.movedim(-1, 2)) != wanted
+    assert checksum_of(x.clone()) == wanted
+    assert checksum_of(x.flip(0)) != wanted
 
 
 class Random(nn.Module):

@@ -172,7 +172,7 @@ def test_bad_options_are_refused():
         use_strategy(small("revsresnet21", stream_grid=None), "reversible")
     with pytest.raises(StrategyError, match="check, off"):
         use_strategy(small("revsresnet21"), "reversible:sometimes")
-    with pytest.raises(StrategyError, match="no blocks of two streams"):
+    with pytest.raises(StrategyError, match="neither blocks of two streams"):
         create_model("vgg6", strategy="reversible")
     model = small("revsresnet21")
     use_strategy(model, {"name": "reversible", "check": "off"})

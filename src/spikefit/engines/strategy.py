@@ -32,6 +32,7 @@ class StrategyKind:
         keep: what a unit keeps under the strategy, for (unit, option); one of `layers.KEEPS`.
         check_chain: raises StrategyError for (chain, option) that the strategy cannot run, naming the layer.
         accepts: the error of a rebuilt u up to which a strategy that is not exact runs, for its option.
+        rounds: whether a strategy that is exact otherwise is approximate on this chain.
     """
 
     summary: str
@@ -41,6 +42,7 @@ class StrategyKind:
     keep: Callable[[SpikingUnit, str | None], str] = lambda unit, option: "all"
     check_chain: Callable[[Chain, str | None], None] = lambda chain, option: None
     accepts: Callable[[str | None], float] = lambda option: 0.0
+    rounds: Callable[[Chain], bool] = lambda chain: False
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,12 @@ class Strategy:
 
     @property
     def exact(self) -> bool:
-        """Whether the gradient equals that of plain BPTT."""
+        """Whether the gradient equals that of plain BPTT, on all chains but those of `exact_on`."""
         return STRATEGIES[self.name].exact
+
+    def exact_on(self, chain: Chain) -> bool:
+        """Whether the gradient of `chain` equals that of plain BPTT."""
+        return self.exact and not STRATEGIES[self.name].rounds(chain)
 
     @property
     def accepts(self) -> float:
@@ -117,6 +123,16 @@ STRATEGIES: dict[str, StrategyKind] = {
         depth.check_count("step_checkpoint", "steps per piece"),
         check_chain=time.check_stepped,
     ),
+    "spike_bits": StrategyKind(
+        "pack it in time: keep 2 bits of every state (spike and window), which give all gradients but those of gains "
+        "to the bit, and some states for these; for steps coupled in time, and, as inverse, for units; option: steps "
+        "between two kept states, or none (default), and the accepted error of a state, 4 or none,0.01",
+        False,
+        time.run_spike_bits,
+        time.check_spike_bits_option,
+        check_chain=time.check_spike_bits,
+        accepts=lambda option: time.read_keep("spike_bits", option).tolerance,
+    ),
     "replay": StrategyKind(
         "recompute it: keep spikes as bits, run weights and membranes forward again; for shared membranes too",
         True,
@@ -141,12 +157,15 @@ STRATEGIES: dict[str, StrategyKind] = {
         check_chain=lambda chain, option: membranes.check_rebuilt(chain, Rebuild("integer")),
     ),
     "reversible": StrategyKind(
-        "invert it in depth: keep the last streams of a run of two-stream blocks, for models made of them; option: "
-        "check | off, whether backward compares checksums of the streams (default: check)",
+        "invert it, in depth or in time: keep the last streams of two-stream blocks (option: check | off, whether "
+        "backward compares checksums of them, default: check), or some states of steps coupled in time (option: steps "
+        "between two kept states, or none, the default; the accepted error; raise | repair)",
         True,
         reversible.run_reversed,
         reversible.check_option,
-        check_chain=lambda chain, option: reversible.check_streams(chain),
+        check_chain=reversible.check_chain,
+        accepts=reversible.accepted_error,
+        rounds=time.has_coupled,
     ),
     "streamlined": StrategyKind(
         "invert it, for two-group nodes: keep outputs and every K-th state, inverse and gradient in one pass; that of "
@@ -170,14 +189,16 @@ STRATEGIES: dict[str, StrategyKind] = {
 
 
 # What the options are called where a strategy is written as a table, in the order in which a text has them.
-OPTION_NAMES = {
-    "lean": ("keep",),
-    "checkpoint": ("every",),
-    "step_checkpoint": ("every",),
-    "inverse": ("anchor_every", "tol"),
-    "reversible": ("check",),
-    "streamlined": ("anchor_every",),
-    "generic": ("anchor_every",),
+OPTION_NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "lean": (("keep",),),
+    "checkpoint": (("every",),),
+    "step_checkpoint": (("every",),),
+    "inverse": (("anchor_every", "tol"),),
+    "spike_bits": (("anchor_every", "tol"),),
+    # in depth, or in time
+    "reversible": (("check",), ("anchor_every", "tol", "on_flip")),
+    "streamlined": (("anchor_every",),),
+    "generic": (("anchor_every",),),
 }
 
 
@@ -191,10 +212,11 @@ def parse_strategy(text: "str | dict[str, Any] | Strategy") -> Strategy:
         return text
     if isinstance(text, dict):
         rest = {k: v for k, v in text.items() if k != "name"}
-        keys = OPTION_NAMES.get(text.get("name", ""), ("option",))
+        forms = OPTION_NAMES.get(text.get("name", ""), (("option",),))
         # an option can be left out only with those behind it
-        if set(rest) != set(keys[: len(rest)]) or "name" not in text:
-            wanted = ", ".join(f"{key} = ..." for key in keys)
+        keys = next((keys for keys in forms if set(rest) == set(keys[: len(rest)])), None)
+        if keys is None or "name" not in text:
+            wanted = ", or ".join(", ".join(f"{key} = ..." for key in keys) for keys in forms)
             raise StrategyError(f"strategy: expected {{ name = ..., {wanted} }}, got {text}.")
         text = text["name"] if not rest else f"{text['name']}:{','.join(str(rest[key]) for key in keys if key in rest)}"
     if not isinstance(text, str):

@@ -1,4 +1,8 @@
-"""Chains in time: the network run piece by piece in time, with the states between pieces kept."""
+"""Chains in time: networks run step by step, and how backward gets their states back.
+
+Any network that can be stepped has `step_checkpoint`. Steps that are coupled in time (`CoupledSteps`) own their
+backward, one function over the whole sequence: see `spikefit.layers.coupled_function`.
+"""
 
 from typing import Any
 
@@ -6,9 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from spikefit.engines import membranes
 from spikefit.engines.depth import modules_of, names_of, repeated, run_plain
-from spikefit.errors import StrategyError
-from spikefit.layers.chain import State
+from spikefit.errors import StrategyError, named
+from spikefit.layers.chain import State, run_blocks
+from spikefit.layers.coupled_function import run_coupled
+from spikefit.layers.coupled_keep import Keep, check_keep
+from spikefit.layers.coupled_steps import CoupledSteps
+from spikefit.layers.rebuild import TOLERANCE, Rebuild
 
 
 def run_step_checkpointed(chain: list[Any], x: Tensor, state: State, option: str | None) -> tuple[Tensor, State]:
@@ -19,6 +28,9 @@ def run_step_checkpointed(chain: list[Any], x: Tensor, state: State, option: str
     """
     if not torch.is_grad_enabled():
         return run_plain(chain, x, state)
+    if option in (None, "1") and has_coupled(chain):
+        # pieces of one step each are what the function keeps, and it frees graphs stage by stage
+        return _run_coupled(chain, x, state, Keep("states"))
     steps, outs = 1 if option is None else int(option), []
     leaves, spec = tree_flatten(state)
     for t in range(0, x.shape[0], steps):
@@ -49,3 +61,87 @@ def check_stepped(chain: list[Any], option: str | None = None) -> None:
                 f"strategy step_checkpoint: {'.'.join(filter(None, (name, found[0])))} normalises over the whole "
                 "sequence; use norm='step_bn' ('ws', 'none'), or strategy='checkpoint'."
             )
+
+
+def run_spike_bits(chain: list[Any], x: Tensor, state: State, option: str | None) -> tuple[Tensor, State]:
+    """Keep the bits of spikes; what else backward needs of a state comes from the inverse, from kept states on."""
+    keep = read_keep("spike_bits", option)
+    if has_coupled(chain):
+        return _run_coupled(chain, x, state, keep)
+    return membranes.run_stages(chain, x, state, _as_rebuild(keep))
+
+
+def run_reversed_in_time(chain: list[Any], x: Tensor, state: State, option: str | None) -> tuple[Tensor, State]:
+    """Run coupled steps, which backward runs from the last to the first; other blocks are under plain autograd."""
+    return _run_coupled(chain, x, state, read_keep("reversible", option))
+
+
+def _run_coupled(chain: list[Any], x: Tensor, state: State, keep: Keep) -> tuple[Tensor, State]:
+    """Run the chain; what is around the coupled steps is under plain autograd."""
+    after: list[Any] = []
+    for block, before, name in zip(chain, state, names_of(chain), strict=True):
+        if isinstance(block, CoupledSteps):
+            with named(name):
+                x, s = run_coupled(block, x, before, keep=keep)
+        else:
+            x, (s,) = run_blocks([block], x, (before,), [name])
+        after.append(s)
+    return x, tuple(after)
+
+
+def has_coupled(chain: list[Any]) -> bool:
+    """Whether there are steps coupled in time."""
+    return any(isinstance(block, CoupledSteps) for block in chain)
+
+
+def read_keep(name: str, option: str | None) -> Keep:
+    """What `spike_bits` or `reversible` in time keep: "4", "4,0.01" or "none,0.01", "4,0.001,repair".
+
+    The distance of kept states in steps, counted from the last ("none": the last alone), the accepted error of a state,
+    and for `reversible` what follows on spikes that come back otherwise, raise or repair.
+
+    Raises:
+        StrategyError: anything else.
+    """
+    kind = "bits" if name == "spike_bits" else "anchors"
+    parts = [] if option is None else option.split(",")
+    try:
+        every = None if not parts or parts[0] == "none" else int(parts[0])
+        tolerance = float(parts[1]) if len(parts) > 1 else TOLERANCE
+        on_flip = parts[2] if len(parts) > 2 else "raise"
+        known = on_flip in ("raise", "repair") and len(parts) <= (3 if kind == "anchors" else 2)
+        if known and (every is None or every >= 1) and 0 < tolerance < float("inf"):
+            return Keep(kind, every, tolerance, on_flip)
+    except ValueError:
+        pass
+    further = ", and by raise or repair, for spikes that come back otherwise" if kind == "anchors" else ""
+    raise StrategyError(
+        f"strategy {name}: the option is anchor_every, the steps between two kept states, 1 or more, or none for the "
+        f"last state alone; it may be followed by the accepted error of a state{further}, as in {name}:4 or "
+        f"{name}:none,0.01, got {option!r}."
+    )
+
+
+def _as_rebuild(keep: Keep) -> Rebuild:
+    return Rebuild("inverse", keep.anchor_every, keep.tolerance)
+
+
+def check_spike_bits_option(option: str | None) -> None:
+    """Raise StrategyError unless the option of `spike_bits` can be read."""
+    read_keep("spike_bits", option)
+
+
+def check_spike_bits(chain: list[Any], option: str | None) -> None:
+    """Raise StrategyError unless bits of spikes are enough for the chain, or its membranes can be run backwards."""
+    keep = read_keep("spike_bits", option)
+    if not has_coupled(chain):
+        membranes.check_rebuilt(chain, _as_rebuild(keep))
+    check_coupled(chain, keep)
+
+
+def check_coupled(chain: list[Any], keep: Keep) -> None:
+    """Raise StrategyError unless all coupled steps of the chain can be run with what `keep` keeps."""
+    for name, block in zip(names_of(chain), chain, strict=True):
+        if isinstance(block, CoupledSteps):
+            with named(name):
+                check_keep(block, keep)

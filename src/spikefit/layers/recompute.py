@@ -65,6 +65,21 @@ def tensors_read(module: nn.Module) -> dict[str, Tensor]:
     return named
 
 
+def foreign(f: Tensor, inputs: list[Tensor]) -> Tensor | None:
+    """A tensor that needs a gradient, on which `f` depends and which is not among the leaves `inputs`."""
+    known, seen, todo = set(map(id, inputs)), set(), [f.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in known:
+            return variable
+        todo += [following for following, _ in node.next_functions]
+    return None
+
+
 def random_state(device: torch.device) -> list[Tensor]:
     """States of the generators that a module on `device` draws from."""
     states = [torch.get_rng_state()]

@@ -18,12 +18,11 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from spikefit.errors import ReconstructionError, StrategyError
 from spikefit.layers.chain import State, entries
-from spikefit.layers.recompute import Surroundings, drawn_since, random_state, replayed, tensors_read
+from spikefit.layers.recompute import Surroundings, drawn_since, foreign, random_state, replayed, tensors_read
 from spikefit.layers.two_streams import TwoStreams, halves
+from spikefit.ops.checksum import checksum
 from spikefit.ops.values import has_values
 
-# Values that a checksum looks at together.
-PIECE = 1 << 18
 # two streams
 Pair = tuple[Tensor, Tensor]
 
@@ -103,7 +102,7 @@ class _Reversible(torch.autograd.Function):
         after: list[Any] = []
         for i in range(0, len(before), 2):
             if call.check:
-                sums.append(torch.stack([checksum(first), checksum(second)]))
+                sums.append(torch.stack([checksum_of(first), checksum_of(second)]))
             first, second, s = call.blocks.block(i, first, second, before[i : i + 2], run)
             after.extend(s)
         leaves, call.found["state"] = tree_flatten(tuple(after))
@@ -176,7 +175,7 @@ class _Backward:
         outs = [(out, one) for out, one in outs if one is not None and out.requires_grad]
         wanted = [x, *states, *tensors.values()]
         inputs = [t for t in wanted if isinstance(t, Tensor) and t.requires_grad]
-        outside = _foreign(f, inputs)
+        outside = foreign(f, inputs)
         if outside is not None:
             raise StrategyError(
                 f"reversible: {'FG'[i % 2]} of block {i // 2} depends on a tensor {tuple(outside.shape)} that needs a "
@@ -195,7 +194,7 @@ class _Backward:
         """Raise ReconstructionError unless `x` are the streams that the block got in forward."""
         if self.kept.sums is None or not has_values(x[0]):
             return
-        found = torch.stack([checksum(stream) for stream in x])
+        found = torch.stack([checksum_of(stream) for stream in x])
         if not torch.equal(found, self.kept.sums[block]):
             raise ReconstructionError(
                 f"reversible: the streams in front of block {block} came back with other bits, so the gradient would "
@@ -216,26 +215,7 @@ def _joined(first: Tensor, second: Tensor) -> Tensor:
     return made
 
 
-def _foreign(f: Tensor, inputs: list[Tensor]) -> Tensor | None:
-    """A tensor that needs a gradient, on which `f` depends and which is not among the leaves `inputs`."""
-    known, seen, todo = set(map(id, inputs)), set(), [f.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in known:
-            return variable
-        todo += [following for following, _ in node.next_functions]
-    return None
-
-
-def checksum(stream: Tensor) -> Tensor:
-    """64 bits of a stream [T, B, C, ...] that lies channels last; one changed number always changes them."""
-    bits = stream.movedim(2, -1).reshape(-1).view(torch.int64 if stream.dtype == torch.float64 else torch.int32)
-    odd = torch.arange(1, 2 * min(PIECE, bits.numel()), 2, device=bits.device)
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for piece in bits.split(PIECE):
-        total = total * 6364136223846793005 + (piece.long() * odd[: len(piece)]).sum()
-    return total
+def checksum_of(stream: Tensor) -> Tensor:
+    """Checksum of a stream [T, B, C, ...] that lies channels last."""
+    whole = torch.int64 if stream.dtype == torch.float64 else torch.int32
+    return checksum(stream.movedim(2, -1).reshape(-1).view(whole))

@@ -283,7 +283,8 @@ class Standardized(nn.Module):
 
     def standardized(self) -> Tensor:
         """W', shape of `weight`."""
-        return _standardize(self.weight, self.gain, self.eps)
+        # as an input of its own: where a weight is used more than once, the gradient of each use is added up first
+        return _standardize(self.weight.view_as(self.weight), self.gain, self.eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows [N, C, ...] -> [N, C_out, ...], as torch's own layer with the weight W'."""

@@ -62,7 +62,8 @@ class SpikingNetwork(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.input_shape = tuple(input_shape)
-        self.timesteps = timesteps
+        # T where the length is fixed, and T where blocks need that many steps at once
+        self.timesteps = self._window = timesteps
         self.strategy = Strategy()
         if not self.blocks:
             raise OptionError("SpikingNetwork: expected at least one block, got none.")
@@ -177,6 +178,7 @@ class SpikingNetwork(nn.Module):
             ShapeError: no time axis, T = 0, another number of channels, or sides that do not pass the network.
         """
         self._check(x)
+        self._check_length(x)
         chain = self.chain
         logits, _ = self.strategy.run(chain, x, (None,) * len(chain))
         return logits
@@ -189,9 +191,9 @@ class SpikingNetwork(nn.Module):
             ShapeError: as `forward`; also in training with a norm that needs the whole sequence, and if the network
                 consumes time.
         """
-        if self.timesteps is not None:
+        if self._window is not None:
             raise ShapeError(
-                f"{type(self).__name__}: {self.time_consumers()[0]} needs all {self.timesteps} time steps in one call, "
+                f"{type(self).__name__}: {self.time_consumers()[0]} needs all {self._window} time steps in one call, "
                 "so there are no pieces to run. Call model(x) on a whole window, or step, which keeps the last window."
             )
         self._check(x)
@@ -216,15 +218,15 @@ class SpikingNetwork(nn.Module):
             StateError: a state of another network or batch.
             ShapeError: wrong shape; in training, a norm that needs all T together (it is named).
         """
-        if self.timesteps is not None:
+        if self._window is not None:
             self._check_state(state)
             self._check_pieces()
             window = state[0]
-            if not isinstance(window, Tensor) or window.shape != (self.timesteps, *x_t.shape):
+            if not isinstance(window, Tensor) or window.shape != (self._window, *x_t.shape):
                 got = tuple(window.shape) if isinstance(window, Tensor) else type(window).__name__
                 raise StateError(
                     f"{type(self).__name__}: expected x_t [B, {', '.join(map(str, self.input_shape))}] and a window of "
-                    f"the last {self.timesteps} of them as state, got {tuple(x_t.shape)} and {got}. "
+                    f"the last {self._window} of them as state, got {tuple(x_t.shape)} and {got}. "
                     "Start with model.init_state(batch_size) and pass on what step returns."
                 )
             window = torch.cat([window[1:], x_t.unsqueeze(0)])
@@ -256,8 +258,8 @@ class SpikingNetwork(nn.Module):
         shape = self.input_shape if input_shape is None else tuple(input_shape)
         like = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
         device = like.device if device is None else device
-        if self.timesteps is not None:
-            window = (self.timesteps, batch_size, *shape)
+        if self._window is not None:
+            window = (self._window, batch_size, *shape)
             return (torch.zeros(window, device=device, dtype=like.dtype if dtype is None else dtype),)
         if dtype is None:
             dtype = compute_dtype(like.dtype)
@@ -295,19 +297,22 @@ class SpikingNetwork(nn.Module):
             raise ShapeError(f"{who}: expected at least one time step and one sample, got x of shape {tuple(x.shape)}.")
         check_floating(who, x)
         self._check_groups()
-        if x.shape[2:] != shape and self.timesteps is None and all(hasattr(b, "init_state") for b in self.blocks):
+        if x.shape[2:] != shape and self._window is None and all(hasattr(b, "init_state") for b in self.blocks):
             # other sides than it was made for: torch would fail inside, or a pool leave nothing
             self.init_state(1, tuple(x.shape[2:]), device="meta")
-        if self.timesteps is not None and x.shape[0] != self.timesteps:
+
+    def _check_length(self, x: Tensor) -> None:
+        who = type(self).__name__
+        if self._window is not None and x.shape[0] != self._window:
             raise ShapeError(
-                f"{who}: it consumes time and was made for T = {self.timesteps}, got T = {x.shape[0]}; "
+                f"{who}: it consumes time and was made for T = {self._window}, got T = {x.shape[0]}; "
                 f"create it with timesteps={x.shape[0]} or cut the sequence."
             )
 
     def _shape_hint(self, x: Tensor) -> str:
         """What to do about a sequence of another rank or number of channels."""
         rank, channels = len(self.input_shape) + 2, self.input_shape[0]
-        if x.ndim == rank - 1 and self.timesteps is not None:
+        if x.ndim == rank - 1 and self._window is not None:
             return "A single sequence needs a batch axis: x.unsqueeze(1)."
         if x.ndim == rank - 1:
             return "A static input needs a time axis: encoding.repeat(x, timesteps=T)."
@@ -328,7 +333,7 @@ class SpikingNetwork(nn.Module):
             )
 
     def _check_state(self, state: State) -> None:
-        expected = 1 if self.timesteps is not None else len(self.chain)
+        expected = 1 if self._window is not None else len(self.chain)
         if not isinstance(state, tuple) or len(state) != expected:
             got = f"{len(state)} entries" if isinstance(state, tuple) else type(state).__name__
             raise StateError(

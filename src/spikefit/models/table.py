@@ -14,6 +14,7 @@ from spikefit.models.network import SpikingNetwork, use_strategy
 from spikefit.models.resnet import resnet19
 from spikefit.models.revsformer import revsformer
 from spikefit.models.revsresnet import revsresnet
+from spikefit.models.trevsnn import trevsnn
 from spikefit.models.vgg import vgg
 
 
@@ -36,6 +37,10 @@ MODELS: dict[str, ModelKind] = {
     "revsresnet37": ModelKind(partial(revsresnet, "revsresnet37"), "the same with 8 blocks, 23.5 M parameters"),
     "revsformer_2_384": ModelKind(partial(revsformer, "revsformer_2_384"), "spiking attention in two streams, 5.8 M"),
     "revsformer_4_384": ModelKind(partial(revsformer, "revsformer_4_384"), "the same with 4 blocks, 9.3 M parameters"),
+    "trevsnn_tiny": ModelKind(partial(trevsnn, "trevsnn_tiny"), "reversible in time, a sub-network per step; 17.4 M"),
+    "trevsnn_small": ModelKind(partial(trevsnn, "trevsnn_small"), "the same, wider: 32.3 M parameters"),
+    "trevsnn_dvs": ModelKind(partial(trevsnn, "trevsnn_dvs"), "the same for frames of events, T = 8, 10.4 M"),
+    "trevsnn_mini": ModelKind(partial(trevsnn, "trevsnn_mini"), "the same for images of 32x32, 0.26 M parameters"),
     "har_mlp": ModelKind(har_mlp, "four equal dense layers, one sensor sample per time step"),
     "har_conv": ModelKind(har_conv, "convolutions over time for windows of sensor samples"),
 }
