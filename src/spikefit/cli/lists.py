@@ -64,7 +64,7 @@ def _strategies_for(model: str, changes: dict[str, str]) -> list[Row]:
     from spikefit.models import use_strategy
     from spikefit.training import build_model
 
-    network, rows = build_model(read_recipe(model, changes)), []
+    network, rows = build_model(read_recipe(model, changes), learns=False), []
     for name, kind in STRATEGIES.items():
         try:
             use_strategy(network, name)

@@ -3,6 +3,7 @@
 from spikefit.losses.losses import (
     LOSSES,
     TET,
+    CrossEntropyHeads,
     CrossEntropyMean,
     CrossEntropySteps,
     RateMSE,
@@ -10,4 +11,13 @@ from spikefit.losses.losses import (
     labels_per_step,
 )
 
-__all__ = ["LOSSES", "TET", "CrossEntropyMean", "CrossEntropySteps", "RateMSE", "create_loss", "labels_per_step"]
+__all__ = [
+    "LOSSES",
+    "TET",
+    "CrossEntropyHeads",
+    "CrossEntropyMean",
+    "CrossEntropySteps",
+    "RateMSE",
+    "create_loss",
+    "labels_per_step",
+]

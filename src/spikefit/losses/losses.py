@@ -1,4 +1,5 @@
-"""The losses. `splits_per_step` says whether a loss is a mean over steps, to be taken one step at a time.
+"""The losses. `splits_per_step` says whether a loss is a mean over steps, to be taken one step at a time;
+`reads_auxiliary` whether it also reads the logits of auxiliary heads.
 
 Labels of -1 count nowhere: a mean over labels leaves them out, and a batch without any label adds nothing, 0.
 """
@@ -26,9 +27,12 @@ class Loss:
 
     Attributes:
         splits_per_step: whether `step` gives shares whose mean over steps is the loss of the sequence.
+        reads_auxiliary: whether it is called with the logits of auxiliary heads too, `loss(logits, targets,
+            auxiliary)`, auxiliary [n, B, K] as `model(x, auxiliary=True)` returns them behind the logits.
     """
 
     splits_per_step: ClassVar[bool]
+    reads_auxiliary: ClassVar[bool] = False
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The loss of a batch; logits [T, B, K], targets int64 [B] or [T, B].
@@ -196,11 +200,88 @@ class RateMSE(Loss):
         return (distance * labelled).sum() / labelled.sum().clamp(min=1)
 
 
+class CrossEntropyHeads(Loss):
+    """Cross-entropy of auxiliary heads and the final one: sum_i w_i CE(a_i, y) + w_{n+1} CE(mean_t o_t, y).
+
+    a_i are the logits of auxiliary head i = 1..n in the order of the steps that they read, o those of the final head.
+    Without `weights`, w_i = i / (n + 1) and w_{n+1} = 2: 0.25, 0.5, 0.75 and 2 for three auxiliary heads.
+
+    Args:
+        weights: w_1 .. w_{n+1}, each positive; None for those above.
+        label_smoothing: share spread evenly over all classes, in [0, 1).
+
+    Raises:
+        OptionError: label_smoothing or a weight out of range, or not n + 1 weights for n auxiliary heads.
+        ShapeError: logits not [T, B, K], auxiliary logits missing or not [n, B, K], targets not [B], or no classes of
+            the logits.
+
+    Source: Hu et al. 2024, arXiv:2405.16466; weights of its public release (BICLab/T-RevSNN).
+    """
+
+    splits_per_step = False
+    reads_auxiliary = True
+
+    def __init__(self, *, weights: tuple[float, ...] | list[float] | None = None, label_smoothing: float = 0.0) -> None:
+        _check_smoothing("CrossEntropyHeads", label_smoothing)
+        if weights is not None and not (
+            isinstance(weights, tuple | list) and len(weights) > 1 and all(map(_is_positive, weights))
+        ):
+            raise OptionError(
+                "CrossEntropyHeads: weights must list positive numbers, one for each auxiliary head and one for the "
+                f"final head, got {weights!r}."
+            )
+        self.weights = None if weights is None else tuple(weights)
+        self.label_smoothing = label_smoothing
+
+    def weights_for(self, heads: int) -> tuple[float, ...]:
+        """w_1 .. w_{n+1} for n = `heads` auxiliary heads.
+
+        Raises:
+            OptionError: the weights given are not so many.
+        """
+        usual = (*(i / (heads + 1) for i in range(1, heads + 1)), 2.0)
+        if self.weights is not None and len(self.weights) != heads + 1:
+            raise OptionError(
+                f"CrossEntropyHeads: expected {heads + 1} weights, for {heads} auxiliary heads and the final one, got "
+                f"{len(self.weights)}, {self.weights}; leave weights out for {', '.join(f'{w:g}' for w in usual)}."
+            )
+        return usual if self.weights is None else self.weights
+
+    def __call__(self, logits: Tensor, targets: Tensor, auxiliary: Tensor | None = None) -> Tensor:
+        """The loss of a batch; logits [T, B, K], targets int64 [B], auxiliary [n, B, K]."""
+        self._check(logits, targets, per_step=False)
+        if auxiliary is None:
+            raise ShapeError(
+                "CrossEntropyHeads: expected the logits of the auxiliary heads [n, B, K] as third argument, got none; "
+                "call logits, auxiliary = model(x, auxiliary=True) and loss(logits, targets, auxiliary), or take "
+                "CrossEntropyMean for the final head alone."
+            )
+        if auxiliary.ndim != 3 or auxiliary.shape[0] == 0 or auxiliary.shape[1:] != logits.shape[1:]:
+            raise ShapeError(
+                f"CrossEntropyHeads: expected auxiliary logits [n, {logits.shape[1]}, {logits.shape[2]}], n of at "
+                f"least 1, as the logits are {tuple(logits.shape)}, got {tuple(auxiliary.shape)}."
+            )
+        *early, last = self.weights_for(auxiliary.shape[0])
+        value = last * self._entropy(logits.float().mean(0), targets)
+        for weight, head in zip(early, auxiliary, strict=True):
+            value = value + weight * self._entropy(head, targets)
+        return value
+
+    def _entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return _cross_entropy("CrossEntropyHeads", logits, targets, self.label_smoothing)
+
+
+def _is_positive(value: object) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value > 0  # type: ignore[arg-type,operator]
+
+
 LOSSES: dict[str, Callable[..., Loss]] = {
     "ce_mean": CrossEntropyMean,
     "ce_steps": CrossEntropySteps,
     "tet": TET,
     "rate_mse": RateMSE,
+    "ce_heads": CrossEntropyHeads,
 }
 
 
@@ -208,7 +289,7 @@ def create_loss(name: str, **options: Any) -> Loss:
     """Make a loss by name.
 
     Args:
-        name: "ce_mean", "ce_steps", "tet" or "rate_mse".
+        name: "ce_mean", "ce_steps", "tet", "rate_mse" or "ce_heads".
         **options: those of the class, such as label_smoothing.
 
     Raises:

@@ -24,7 +24,7 @@ from spikefit.layers.stage_function import Watcher, watched
 from spikefit.neurons import LeakyReadout, SpikingNeuron
 from spikefit.ops.fire.reference import SCRATCH
 from spikefit.ops.node.op import generic_scratch_bytes
-from spikefit.planning.target import LossFunction, mean_cross_entropy, with_targets
+from spikefit.planning.target import LossFunction, loss_of, mean_cross_entropy, with_targets
 
 # What live tensors do not show: buffers inside oneDNN, rounding to pages, small blocks of the heap. Chosen so that the
 # measured peak of the networks in tests/planning lies below the prediction.
@@ -340,7 +340,7 @@ def predicted_bytes(
         model: any module, in training mode.
         x: input [T, B, ...]; only shape, strides and dtype matter.
         y: targets.
-        loss: (logits, targets) -> scalar.
+        loss: (logits, targets) -> scalar; one of `spikefit.losses` that reads auxiliary heads gets their logits too.
         autocast: run under bfloat16 autocast.
         device: "cpu" or "cuda", where the step will run, which need not be here; that of `x` if None.
 
@@ -365,10 +365,7 @@ def predicted_bytes(
                 _staged(model, live),
                 torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast),
             ):
-                logits = model(fake_x)
-                live.enter("loss")
-                value = loss(logits, fake_y)
-                del logits
+                value = loss_of(model, loss, fake_x, fake_y)[0]
             value.backward()
             del value
     except RuntimeError as error:
@@ -393,7 +390,7 @@ class _Stages(Watcher):
 
 @contextlib.contextmanager
 def _staged(model: nn.Module, live: _LiveBytes) -> Iterator[None]:
-    """Tell `live` which unit runs: forward from hooks of the module, backward from hooks of its spikes."""
+    """Tell `live` which unit runs, forward from hooks of the module, backward from hooks of its spikes, or the loss."""
 
     def before(name: str):
         return lambda module, inputs: live.enter(f"forward {name}")
@@ -412,6 +409,8 @@ def _staged(model: nn.Module, live: _LiveBytes) -> Iterator[None]:
         if isinstance(module, SpikingUnit) and module.neuron is not None:
             handles.append(module.register_forward_pre_hook(before(name)))
             handles.append(module.register_forward_hook(after(name)))
+    # what follows the forward of the whole is the loss
+    handles.append(model.register_forward_hook(lambda module, inputs, output: live.enter("loss")))
     try:
         yield
     finally:
@@ -460,7 +459,7 @@ def saved_bytes(
         model: any module, in training mode.
         x: input [T, B, ...]; only shape, strides and dtype matter.
         y: targets [B]; zeros if None.
-        loss: (logits, targets) -> scalar.
+        loss: (logits, targets) -> scalar; one of `spikefit.losses` that reads auxiliary heads gets their logits too.
 
     Returns:
         SavedBytes.

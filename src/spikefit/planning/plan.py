@@ -76,7 +76,7 @@ def plan(
             "4GiB" (2^30), a fraction below 1 of the memory of the device, or None for the least memory there is, to
             one percent.
         optimizer: "sgd" (one slot per weight), "adam", "adamw" (two), an optimiser that has run, or None for none.
-        loss: (logits, targets) -> scalar.
+        loss: (logits, targets) -> scalar; one of `spikefit.losses` that reads auxiliary heads gets their logits too.
         autocast: plan for bfloat16 autocast.
         device: "cpu" or "cuda", where the step will run, which need not be here; that of the sample if None.
 

@@ -115,7 +115,7 @@ def profile(
         predict_only: run on shapes alone; nothing is allocated, and there are no times, rates or energies.
         strategy: set before profiling; None leaves the model as it is.
         backend: of all operations.
-        loss: (logits, targets) -> scalar.
+        loss: (logits, targets) -> scalar; one of `spikefit.losses` that reads auxiliary heads gets their logits too.
         autocast: run under bfloat16 autocast.
         repeats: timed steps; the median counts.
         **target_options: for a name, words as on the command line: fields of `Target` (timesteps, batch, encoding,
@@ -215,7 +215,7 @@ def memory_against_timesteps(
         x: input [T, B, ...]; its first step stands for all.
         y: targets [B].
         timesteps: the values of T.
-        loss: (logits, targets) -> scalar.
+        loss: (logits, targets) -> scalar; one of `spikefit.losses` that reads auxiliary heads gets their logits too.
         autocast: under bfloat16 autocast.
 
     Returns:

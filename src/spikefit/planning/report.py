@@ -103,7 +103,7 @@ def report(
         sample: input [T, B, ...], or (input, targets); only shapes, strides and dtype matter.
         plan: the choice to report; None for the strategy that `model` has now.
         optimizer: as in `spikefit.plan`.
-        loss: (logits, targets) -> scalar.
+        loss: (logits, targets) -> scalar; one of `spikefit.losses` that reads auxiliary heads gets their logits too.
         autocast: under bfloat16 autocast.
         device: as in `spikefit.plan`.
 

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 from spikefit.engines import parse_strategy
 from spikefit.errors import OptionError
-from spikefit.models import SpikingNetwork, create_model, use_strategy
+from spikefit.models import MODELS, SpikingNetwork, create_model, use_strategy
+from spikefit.models.table import model_options
 
-# logits [T, B, K], targets [B] -> scalar
-LossFunction = Callable[[Tensor, Tensor], Tensor]
+# (logits [T, B, K], targets [B]) -> scalar; one that declares `reads_auxiliary` also gets auxiliary logits [n, B, K]
+LossFunction = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,9 @@ class Target:
             if ":" in self.model:
                 model = make_own(self.model, options, optional=("input_shape",))
             else:
+                # a network of fixed length gets that of the sample
+                if self.model in MODELS and "timesteps" in model_options(self.model):
+                    options.setdefault("timesteps", self.timesteps)
                 model = create_model(self.model, **options)
         if self.strategy is not None:
             set_strategy(model, self.strategy)
@@ -293,11 +297,45 @@ def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().mean(0), targets)
 
 
+def auxiliary_heads(model: nn.Module) -> int:
+    """How many auxiliary heads `model` has, or the model inside a data-parallel wrapper; 0 if it does not say."""
+    inner = model if hasattr(model, "auxiliary_heads") else getattr(model, "module", model)
+    heads = getattr(inner, "auxiliary_heads", 0)
+    return heads if isinstance(heads, int) else 0
+
+
+def loss_of(model: nn.Module, loss: LossFunction, x: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """One forward and its loss, called with what it reads.
+
+    Args:
+        model: [T, B, ...] -> logits [T, B, K]; with auxiliary heads, `model(x, auxiliary=True)` gives the pair
+            (logits, auxiliary logits [n, B, K]).
+        loss: (logits, targets) -> scalar; with `reads_auxiliary`, (logits, targets, auxiliary logits) -> scalar.
+        x, y: input [T, B, ...] and targets.
+
+    Returns:
+        (value, outputs); outputs are (logits,), or (logits, auxiliary logits) for a loss that reads them.
+
+    Raises:
+        OptionError: the loss reads auxiliary logits and the model has no auxiliary heads.
+    """
+    if not getattr(loss, "reads_auxiliary", False):
+        logits = model(x)
+        return loss(logits, y), (logits,)
+    if not auxiliary_heads(model):
+        raise OptionError(
+            f"{type(loss).__name__}: expected a model with auxiliary heads, got {type(model).__name__} with none; use "
+            "CrossEntropyMean, in a recipe loss=ce_mean."
+        )
+    logits, auxiliary = model(x, auxiliary=True)
+    return loss(logits, y, auxiliary), (logits, auxiliary)
+
+
 def training_step(
     model: nn.Module, x: Tensor, y: Tensor, loss: LossFunction = mean_cross_entropy, *, autocast: bool = False
 ) -> Tensor:
     """Forward, loss and backward; gradients stay in `.grad`. Returns the loss, detached."""
     with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
-        value = loss(model(x), y)
+        value = loss_of(model, loss, x, y)[0]
     value.backward()
     return value.detach()

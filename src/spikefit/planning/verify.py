@@ -24,8 +24,8 @@ from spikefit.planning.target import (
     LossFunction,
     check_model,
     in_training,
+    loss_of,
     mean_cross_entropy,
-    training_step,
     with_targets,
 )
 
@@ -43,7 +43,8 @@ class Verdict:
 
     Attributes:
         passed: all of the following hold.
-        spikes_equal: logits and the spikes of every unit are equal bit for bit.
+        spikes_equal: logits (those of auxiliary heads too, if the loss reads them) and the spikes of every unit are
+            equal bit for bit.
         buffers_equal: buffers after the step are equal, counters exactly and running statistics to a few roundings.
         random_equal: the random number generator stands where it stood after the oracle.
         max_gradient_error: largest |difference| over all gradients, each over its own largest absolute value, or over
@@ -97,7 +98,7 @@ def _word(equal: bool) -> str:
 class _Step:
     """Everything one step leaves behind."""
 
-    logits: Tensor
+    outputs: tuple[Tensor, ...]  # logits, and those of auxiliary heads where the loss reads them
     spikes: dict[str, Tensor]
     gradients: dict[str, Tensor]
     buffers: dict[str, Tensor]
@@ -120,7 +121,7 @@ def verify(
     Args:
         model: a network of spikefit units with its strategy or plan applied.
         sample: input [T, B, ...], or (input, targets).
-        loss: (logits, targets) -> scalar.
+        loss: (logits, targets) -> scalar; one of `spikefit.losses` that reads auxiliary heads gets their logits too.
         tolerance: allowed gradient error; None for 1e-10 in float64, 1e-5 in float32, 2e-2 in half precision or
             autocast, and under a strategy that is not exact for the error of u it accepts, if that is larger; four
             times the rounding between two runs of the oracle is always allowed.
@@ -139,7 +140,7 @@ def verify(
     with in_training(model):
         oracle = _run(model, *options, plain=True, backend="reference")
         again = _run(model, *options, plain=True, backend="reference", scale=RESCALED)
-        if _differing(again, oracle) or not torch.equal(again.logits, oracle.logits):
+        if _differing(again, oracle) or not _same_outputs(again, oracle):
             names = [*_differing(again, oracle), "the logits"]
             raise SpikefitError(
                 f"verify: two runs of {type(model).__name__} from the same random state differ at {names[0]}, so its "
@@ -155,7 +156,7 @@ def verify(
     floors = {k: ROUNDINGS * _distance(g, again.gradients[k]) / allowed for k, g in oracle.gradients.items() if allowed}
     error, worst = _error(got, oracle, floors)
     differing = _differing(got, oracle)
-    spikes_equal = not differing and torch.equal(got.logits, oracle.logits)
+    spikes_equal = not differing and _same_outputs(got, oracle)
     buffers_equal = all(_same_buffer(t, oracle.buffers[k]) for k, t in got.buffers.items())
     random_equal = torch.equal(got.random, oracle.random)
     passed = spikes_equal and buffers_equal and random_equal and error <= allowed
@@ -198,11 +199,11 @@ def _run(
     random = torch.get_rng_state()
     buffers = {k: b.clone() for k, b in model.named_buffers()}
     held = {p: p.grad for p in model.parameters()}
-    logits: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     class Notes(Watcher):
         def fired(self, unit: SpikingUnit, spikes: Any) -> None:
-            if not logits:  # what runs again in backward comes later
+            if not outputs:  # what runs again in backward comes later
                 with torch.no_grad():
                     packed = isinstance(spikes, PackedSpikes)
                     dense = spikes.steps(0, spikes.shape[0]) if packed else spikes.detach()
@@ -210,21 +211,21 @@ def _run(
 
     notes = Notes()
 
-    def recording(out: Tensor, targets: Tensor) -> Tensor:
-        logits.append(out.detach().clone())
-        return loss(out, targets) * scale
-
     handles = [unit.register_forward_hook(lambda unit, inputs, output: notes.fired(unit, output[0])) for unit in units]
     try:
         for p in held:
             p.grad = None
         strategy = plain_bptt(model) if plain else contextlib.nullcontext()
         with strategy, use_backend(backend), watched(notes):
-            training_step(model, x, y, recording, autocast=autocast)
+            with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
+                value, found = loss_of(model, loss, x, y)
+            outputs += [out.detach().clone() for out in found]
+            del found
+            (value * scale).backward()
         gradients = {"input": leaf.grad} | {k: p.grad for k, p in model.named_parameters()}
         return _Step(
-            logits[0],
-            {name: torch.cat(found) for name, found in pieces.items() if found},
+            tuple(outputs),
+            {name: torch.cat(parts) for name, parts in pieces.items() if parts},
             {k: g / scale for k, g in gradients.items() if g is not None},
             {k: b.clone() for k, b in model.named_buffers()},
             torch.get_rng_state(),
@@ -238,6 +239,10 @@ def _run(
             for k, b in model.named_buffers():
                 b.copy_(buffers[k])
         torch.set_rng_state(random)
+
+
+def _same_outputs(a: _Step, b: _Step) -> bool:
+    return all(map(torch.equal, a.outputs, b.outputs))
 
 
 def _differing(a: _Step, b: _Step) -> dict[str, int]:

@@ -13,6 +13,7 @@ from spikefit.data import batches
 from spikefit.errors import OptionError, TrainingError
 from spikefit.ops.dispatch import use_backend
 from spikefit.planning import memory_against_timesteps, profile
+from spikefit.planning.target import loss_of
 from spikefit.training import (
     Recipe,
     build_augmentation,
@@ -25,6 +26,7 @@ from spikefit.training import (
 from spikefit.training.build import STEP_PRECISIONS, make_fabric
 from spikefit.training.checkpoint import fill_model, load_checkpoint
 from spikefit.training.evaluation import time_first, to_sequence
+from spikefit.training.options import fixed_parts
 
 # below the smallest normal float32 a gradient is zero for all purposes
 TINY = torch.finfo(torch.float32).tiny
@@ -81,7 +83,7 @@ class FirstBatch:
         devices = [self.x.device] if self.x.is_cuda else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.dropout_seed)
-            self.fabric.backward(self.loss(model(self.x), self.y))
+            self.fabric.backward(loss_of(model, self.loss, self.x, self.y)[0])
 
     def gradients(self, model: Any) -> dict[str, Tensor]:
         """Gradients by parameter name after one step."""
@@ -92,7 +94,9 @@ class FirstBatch:
 def settings_of(recipe: Recipe, *, timesteps: int | None, device: str) -> dict[str, Any]:
     """What belongs beside every ratio: timesteps (None: those of the data), batch, reset, dtype, device."""
     neuron = recipe.neuron
-    if not neuron.reset:
+    if "neuron" in fixed_parts(recipe.model.name):
+        reset = "reset of the model"
+    elif not neuron.reset:
         reset = "no reset"
     else:
         kind = "soft reset" if neuron.v_reset == "soft" else f"hard reset to {neuron.v_reset:g}"

@@ -13,12 +13,20 @@ from spikefit.data import Dataset, horizontal_flip, load_dataset, random_crop
 from spikefit.data.batches import Augment
 from spikefit.encoding import Encoding, create_encoding
 from spikefit.errors import DataError, OptionError, RecipeError, TrainingError
-from spikefit.losses import create_loss
+from spikefit.losses import CrossEntropyHeads, create_loss
 from spikefit.losses.losses import UNLABELLED, Loss
 from spikefit.models import MODELS, create_model
 from spikefit.models.table import model_options
-from spikefit.planning.target import Step, in_dtype, make_own, no_memory, random_sample, set_strategy
-from spikefit.training.options import near
+from spikefit.planning.target import (
+    Step,
+    auxiliary_heads,
+    in_dtype,
+    make_own,
+    no_memory,
+    random_sample,
+    set_strategy,
+)
+from spikefit.training.options import fixed_parts, near
 from spikefit.training.recipe import Recipe, load_recipe
 
 AUGMENTS: dict[str, Callable[..., Augment]] = {"crop": random_crop, "flip": horizontal_flip}
@@ -135,11 +143,11 @@ def build_encoding(recipe: Recipe) -> Encoding:
 
 
 def build_loss(recipe: Recipe) -> Loss:
-    """The loss of a recipe: `loss(logits [T, B, K], targets [B])` -> scalar."""
+    """The loss of a recipe: `loss(logits [T, B, K], targets [B])` -> scalar, or more where it `reads_auxiliary`."""
     return create_loss(recipe.loss.name, **recipe.loss.options())
 
 
-def build_model(recipe: Recipe, dataset: Dataset | None = None) -> nn.Module:
+def build_model(recipe: Recipe, dataset: Dataset | None = None, *, learns: bool = True) -> nn.Module:
     """Make the model of a recipe with its neuron, norm, strategy and initial weights.
 
     Input shape, number of classes and length of the sequence are those of the encoded data, unless the recipe writes
@@ -148,12 +156,15 @@ def build_model(recipe: Recipe, dataset: Dataset | None = None) -> nn.Module:
     Args:
         recipe: the recipe; `model.name` is one of the zoo or `package.module:factory`.
         dataset: its data; None reads them, if the recipe names any and does not write the shapes itself.
+        learns: whether it will be trained; one that is only evaluated or looked at may have auxiliary heads that the
+            loss does not read.
 
     Returns:
         The model, sequence [T, B, ...] -> logits [T, B, K].
 
     Raises:
-        OptionError: an option out of range, or a factory that cannot be imported or refuses its options.
+        OptionError: an option out of range, a factory that cannot be imported or refuses its options, or a loss that
+            does not fit the auxiliary heads of the model.
         StrategyError: the strategy does not apply to the model; any torch module runs under bptt.
     """
     options = _model_options(recipe, dataset)
@@ -163,7 +174,27 @@ def build_model(recipe: Recipe, dataset: Dataset | None = None) -> nn.Module:
             model: nn.Module = create_model(recipe.model.name, **options)
         else:
             model = make_own(recipe.model.name, options, optional=DERIVED)
+    _check_heads(recipe, model, learns)
     return model if recipe.strategy.name is None else set_strategy(model, recipe.strategy.model_dump())
+
+
+def _check_heads(recipe: Recipe, model: nn.Module, learns: bool) -> None:
+    """Raise OptionError unless the loss reads the auxiliary heads that the model has, and no others."""
+    name, loss, heads = recipe.model.name, build_loss(recipe), auxiliary_heads(model)
+    if loss.reads_auxiliary and not heads:
+        off = recipe.model.options().get("auxiliary") is False
+        raise OptionError(
+            f"loss {recipe.loss.name}: expected a model with auxiliary heads, got {name}, which has none; use "
+            f"loss=ce_mean{', or model.auxiliary=true' if off else ''}."
+        )
+    if heads and learns and not loss.reads_auxiliary:
+        without = "model.auxiliary=false" if name in MODELS else "make the model without them"
+        raise OptionError(
+            f"model {name}: expected a loss that reads its {heads} auxiliary heads, got loss={recipe.loss.name}, with "
+            f"which they would never learn; use loss=ce_heads, or {without}."
+        )
+    if isinstance(loss, CrossEntropyHeads):
+        loss.weights_for(heads)
 
 
 def build_step(source: str | Path | Mapping[str, Any] | Recipe, *, shapes_only: bool = False) -> Step:
@@ -265,7 +296,8 @@ def _model_options(recipe: Recipe, dataset: Dataset | None) -> dict[str, Any]:
     options = recipe.model.options()
     if recipe.norm.name is not None:
         options["norm"] = recipe.norm.name
-    options["neuron"] = {"name": recipe.neuron.name, **recipe.neuron.options()}
+    if "neuron" not in fixed_parts(recipe.model.name):
+        options["neuron"] = {"name": recipe.neuron.name, **recipe.neuron.options()}
     wants_timesteps = _wants_timesteps(recipe)
     if wants_timesteps and recipe.encoding.timesteps is not None:
         options.setdefault("timesteps", recipe.encoding.timesteps)

@@ -17,6 +17,7 @@ from spikefit.losses.losses import UNLABELLED, Loss
 from spikefit.models.network import plain_bptt
 from spikefit.neurons.lif import SpikingNeuron
 from spikefit.ops.dispatch import use_backend
+from spikefit.planning.target import loss_of
 from spikefit.training.build import build_encoding, build_loss, build_model, derive_seed, load_split, make_fabric
 from spikefit.training.checkpoint import Checkpoint, fill_model, load_checkpoint
 from spikefit.training.recipe import Recipe, load_recipe
@@ -121,14 +122,16 @@ def measure(
         for index, inputs, targets in batches(dataset, batch_size):
             if index % fabric.world_size != fabric.global_rank:
                 continue
-            logits = model(to_sequence(encoding, inputs, fabric, derive_seed(seed, "encode", index))).float()
+            x = to_sequence(encoding, inputs, fabric, derive_seed(seed, "encode", index))
             targets = time_first(targets).to(fabric.device)
+            value, outputs = loss_of(model, loss, x, targets)
+            logits = outputs[0].float()
             answers = logits.argmax(-1) if targets.ndim == 2 else logits.mean(0).argmax(-1)
             labelled = targets != UNLABELLED
             count = int(labelled.sum())
             if count:
                 correct = int((answers == targets)[labelled].sum())
-                sums += torch.tensor([float(loss(logits, targets)) * count, correct, count, 0.0], dtype=torch.float64)
+                sums += torch.tensor([float(value) * count, correct, count, 0.0], dtype=torch.float64)
             sums[3] += len(inputs)
     model.train(was_training)
     names = list(rates)
@@ -199,7 +202,7 @@ def open_checkpoint(checkpoint: str | Path) -> Checkpoint:
 def restored(who: str, found: Checkpoint, recipe: Recipe, dataset: Dataset | None) -> tuple[Fabric, nn.Module]:
     """A model of `recipe` with the weights of `found`, ready on its device."""
     fabric = make_fabric(who, recipe)
-    model = build_model(recipe, dataset)
+    model = build_model(recipe, dataset, learns=False)
     fill_model(model, found.tensors.get("ema", found.tensors["model"]), found.path)
     model = fabric.strategy.precision.convert_module(model)
     return fabric, fabric.to_device(model).eval()

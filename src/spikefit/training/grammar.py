@@ -14,10 +14,9 @@ from spikefit.encoding import ENCODINGS
 from spikefit.errors import RecipeError
 from spikefit.losses import LOSSES
 from spikefit.models import MODELS
-from spikefit.models.table import preset_of
 from spikefit.neurons import NEURONS
 from spikefit.neurons.table import neuron_options
-from spikefit.training.options import annotations, takes_none, unknown_key
+from spikefit.training.options import annotations, fixed_parts, preset_for, takes_none, unknown_key
 from spikefit.training.recipe import NeuronSection, Recipe, data_options
 
 # Short forms that are no key of any section, or one of several.
@@ -40,8 +39,11 @@ def apply_changes(recipe: Recipe, changes: Mapping[str, Any]) -> dict[str, Any]:
     values = recipe.to_dict()
     rest: dict[str, Any] = {}
     given: dict[tuple[str, str], str] = {}
+    model = str(changes.get("model", changes.get("model.name", values["model"]["name"])))
+    for section in fixed_parts(model):
+        values[section] = {}
     if "preset" in changes:
-        preset = preset_of(str(changes["preset"]))
+        preset = preset_for(model, str(changes["preset"]))
         values |= {"neuron": dict(preset.neuron), "norm": {"name": preset.norm}}
     for key, value in changes.items():
         if key == "preset":

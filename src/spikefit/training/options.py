@@ -11,6 +11,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from spikefit.errors import OptionError
+from spikefit.models import MODELS
+from spikefit.models.table import Preset, model_options, preset_of
 
 
 def near(word: str, known: Iterable[str]) -> str:
@@ -45,6 +47,26 @@ def takes_none(annotation: Any) -> bool:
     """Whether an option can be None and no text, so that the text "none" can only mean None."""
     kinds = set(typing.get_args(annotation))
     return type(None) in kinds and not any(k is str or typing.get_origin(k) is typing.Literal for k in kinds)
+
+
+def fixed_parts(model: str) -> list[str]:
+    """Those of the sections neuron and norm that the model of the zoo has no option for, as its own have one form."""
+    return [part for part in ("neuron", "norm") if model in MODELS and part not in model_options(model)]
+
+
+def preset_for(model: str, preset: str) -> Preset:
+    """The preset called `preset`.
+
+    Raises:
+        OptionError: there is none, or `model` has no place for a neuron or norm.
+    """
+    chosen, fixed = preset_of(preset), fixed_parts(model)
+    if fixed:
+        raise OptionError(
+            f"model {model}: preset {preset!r} sets neuron and norm, and this model takes no {' and no '.join(fixed)}; "
+            "leave the preset out."
+        )
+    return chosen
 
 
 def check_options(

@@ -16,10 +16,19 @@ from spikefit.errors import OptionError, RecipeError
 from spikefit.layers import NORMS
 from spikefit.losses import LOSSES, create_loss
 from spikefit.models import MODELS
-from spikefit.models.table import preset_of
 from spikefit.neurons import NEURONS, create_neuron
 from spikefit.neurons.table import neuron_options
-from spikefit.training.options import annotations, check_options, check_types, describe, near, takes_none, unknown_key
+from spikefit.training.options import (
+    annotations,
+    check_options,
+    check_types,
+    describe,
+    fixed_parts,
+    near,
+    preset_for,
+    takes_none,
+    unknown_key,
+)
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -255,7 +264,7 @@ class Recipe(BaseModel):
         model = values.get("model") if isinstance(values, dict) else None
         if not isinstance(model, dict) or "preset" not in model:
             return values
-        preset = preset_of(model["preset"])
+        preset = preset_for(str(model.get("name")), model["preset"])
         rest = {k: v for k, v in model.items() if k != "preset"}
         return {"neuron": preset.neuron, "norm": preset.norm, **values, "model": rest}
 
@@ -271,6 +280,24 @@ class Recipe(BaseModel):
     loss: Annotated[LossSection, BeforeValidator(_named)] = LossSection()
     train: TrainSection = TrainSection()
 
+    @model_validator(mode="after")
+    def _check_fixed_parts(self) -> Self:
+        """Refuse a neuron or norm that the model has no place for."""
+        name, fixed = self.model.name, fixed_parts(self.model.name)
+        if "neuron" in fixed and self.neuron != NeuronSection():
+            usual = NeuronSection(name=self.neuron.name).model_dump()
+            given = {k: v for k, v in self.neuron.model_dump().items() if k == "name" or v != usual[k]}
+            raise OptionError(
+                f"model {name}: its neurons have one fixed form and take no options, got neuron={given}; leave the "
+                "neuron section out."
+            )
+        if "norm" in fixed and self.norm.name is not None:
+            raise OptionError(
+                f"model {name}: its norms are part of it and cannot be chosen, got norm={self.norm.name!r}; leave the "
+                "norm section out."
+            )
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON-able values; `load_recipe` reads it back."""
         return self.model_dump(mode="json", exclude_none=True)
@@ -283,8 +310,9 @@ class Recipe(BaseModel):
                 "width"); "timesteps", "batch", "image" and the section names ("model", "strategy", ...) are short
                 forms. Values are texts ("0.1", "3x32x32", "true") or Python values.
 
-        A new name drops the options that only the thing before it had; a new neuron also takes its own defaults, in the
-        place of values that were the defaults of the one before.
+        A new name drops the options that only the thing before it had, for a model without a choice of neuron or norm
+        these sections too; a new neuron also takes its own defaults, in the place of values that were the defaults of
+        the one before.
 
         Raises:
             RecipeError: unknown key, with near ones, or a value of the wrong type.

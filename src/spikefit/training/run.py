@@ -20,6 +20,7 @@ from spikefit.data import batches
 from spikefit.data.batches import count_batches
 from spikefit.errors import CheckpointError, TrainingError
 from spikefit.losses.losses import UNLABELLED
+from spikefit.planning.target import loss_of
 from spikefit.training.build import (
     Data,
     build_augmentation,
@@ -43,6 +44,7 @@ from spikefit.training.checkpoint import (
 )
 from spikefit.training.evaluation import measure, time_first, to_sequence
 from spikefit.training.optimisation import AveragedWeights, learning_rate
+from spikefit.training.options import fixed_parts
 from spikefit.training.recipe import Recipe
 from spikefit.training.record import ProgressEvent, TrainRecord, environment, write_record
 
@@ -193,7 +195,7 @@ class Run:
             x, y, weight = self._share(index, inputs, targets)
             skip = fabric.world_size > 1 and i + 1 < len(group)
             with fabric.no_backward_sync(self.wrapped, enabled=skip):
-                loss = self.loss(self.wrapped(x), y)
+                loss = loss_of(self.wrapped, self.loss, x, y)[0]
                 # processes average their gradients, hence the factor
                 fabric.backward(loss * (weight * fabric.world_size / total))
             summed += loss.detach() * weight
@@ -284,9 +286,10 @@ class Run:
         if sizes[-1] == 1 and has_batch_statistics(self.model):
             sizes.pop()
         if not sizes or (sizes[0] == 1 and has_batch_statistics(self.model)):
+            others = "" if "norm" in fixed_parts(self.recipe.model.name) else ", or norm=ws or norm=none"
             raise TrainingError(
                 f"train: norm {self.recipe.norm.name!r} takes statistics over the batch and needs 2 samples in it, "
-                f"got batch_size {size} and {len(data)} samples; use a larger batch, or norm=ws or norm=none."
+                f"got batch_size {size} and {len(data)} samples; use a larger batch{others}."
             )
         return sizes
 
