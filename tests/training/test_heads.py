@@ -19,7 +19,7 @@ from spikefit.errors import OptionError, RecipeError, TrainingError
 from spikefit.models import MODELS
 from spikefit.models.table import ModelKind
 from spikefit.reporting.measure import FirstBatch, gradient_error, measure_memory, settings_of
-from spikefit.training import build_model, build_step, evaluate, load_checkpoint, load_recipe, train
+from spikefit.training import build_loss, build_model, build_step, evaluate, load_checkpoint, load_recipe, train
 from spikefit.training.options import fixed_parts
 from spikefit.training.recipe import NeuronSection
 
@@ -163,13 +163,16 @@ def test_loss_and_heads_fit_before_anything_is_trained(heads, small, fixed):
         for make in (build_model, build_step, train):
             with pytest.raises(OptionError, match=unread.format("headed:make", loss) + "; use loss=ce_heads, or make"):
                 make(heads(loss=loss))
-    recipe = load_recipe({"model": fixed})
+    recipe = load_recipe({"model": fixed, "loss": "ce_mean"})
     with pytest.raises(OptionError, match=unread.format("fixed", "ce_mean") + r".* or model\.auxiliary=false\."):
         build_model(recipe)
     # each way out that the messages name
     assert build_model(recipe.override({"loss": "ce_heads"})).auxiliary_heads == 3
     assert build_model(recipe.override({"auxiliary": "false"})).auxiliary_heads == 0
     build_model(small(loss="ce_mean"))
+    # a recipe without a loss has that of its model
+    assert build_loss(load_recipe({"model": fixed}), build_model(load_recipe({"model": fixed}))).reads_auxiliary
+    assert not build_loss(small(), build_model(small())).reads_auxiliary
     # to ask which strategies apply, no loss is needed
     assert {"name": "bptt", "applies": "yes"}.items() <= listing("strategies", fixed)[0].items()
 

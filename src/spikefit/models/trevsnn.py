@@ -509,6 +509,7 @@ def _initialise(network: nn.Module) -> None:
     """Weights normal(0, 0.02) cut at 2, biases 0."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02, a=-2, b=2)
+            with torch.no_grad():
+                nn.init.normal_(module.weight, std=0.02).clamp_(-2, 2)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

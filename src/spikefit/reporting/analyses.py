@@ -147,7 +147,7 @@ class Trained:
 
 
 def _accuracy(model: nn.Module, dataset: Dataset, fabric: Fabric, recipe: Recipe) -> float:
-    encoding, loss = build_encoding(recipe), build_loss(recipe)
+    encoding, loss = build_encoding(recipe), build_loss(recipe, model)
     return measure(model, dataset, fabric, encoding, loss, recipe.data.batch_size, recipe.seed)["accuracy"]
 
 

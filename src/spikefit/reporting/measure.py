@@ -62,7 +62,7 @@ class FirstBatch:
         )
         self.x = to_sequence(build_encoding(recipe), inputs, self.fabric, derive_seed(recipe.seed, "encode", 0, index))
         self.y = time_first(targets).to(self.fabric.device)
-        self.loss = build_loss(recipe)
+        self.recipe = recipe
         self.dropout_seed = derive_seed(recipe.seed, "dropout", 0, index, 0)
 
     def model(self, recipe: Recipe) -> Any:
@@ -83,7 +83,7 @@ class FirstBatch:
         devices = [self.x.device] if self.x.is_cuda else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.dropout_seed)
-            self.fabric.backward(loss_of(model, self.loss, self.x, self.y)[0])
+            self.fabric.backward(loss_of(model, build_loss(self.recipe, model), self.x, self.y)[0])
 
     def gradients(self, model: Any) -> dict[str, Tensor]:
         """Gradients by parameter name after one step."""
@@ -210,7 +210,7 @@ def profile_of(recipe: Recipe, batch: FirstBatch, model: nn.Module) -> dict[str,
     """
     # one class per sample, as T varies: what a label of every step adds to memory is nothing beside the network
     y = (batch.y if batch.y.ndim == 1 else batch.y[-1]).clamp_min(0)
-    step: dict[str, Any] = {"loss": batch.loss, "autocast": STEP_PRECISIONS[recipe.train.precision][1]}
+    step: dict[str, Any] = {"loss": build_loss(recipe, model), "autocast": STEP_PRECISIONS[recipe.train.precision][1]}
     found = profile(model, (batch.x, y), backend=recipe.backend, repeats=1, **step).to_dict()
     own = int(batch.x.shape[0])
     with use_backend(recipe.backend):

@@ -142,9 +142,13 @@ def build_encoding(recipe: Recipe) -> Encoding:
     return create_encoding(recipe.encoding.name, **recipe.encoding.options())
 
 
-def build_loss(recipe: Recipe) -> Loss:
-    """The loss of a recipe: `loss(logits [T, B, K], targets [B])` -> scalar, or more where it `reads_auxiliary`."""
-    return create_loss(recipe.loss.name, **recipe.loss.options())
+def build_loss(recipe: Recipe, model: nn.Module | None = None) -> Loss:
+    """The loss of a recipe: `loss(logits [T, B, K], targets [B])` -> scalar, with auxiliary logits if it reads them.
+
+    A recipe without one takes "ce_heads" for a model with auxiliary heads, and "ce_mean" for any other.
+    """
+    usual = "ce_heads" if model is not None and auxiliary_heads(model) else "ce_mean"
+    return create_loss(recipe.loss.name or usual, **recipe.loss.options())
 
 
 def build_model(recipe: Recipe, dataset: Dataset | None = None, *, learns: bool = True) -> nn.Module:
@@ -180,7 +184,7 @@ def build_model(recipe: Recipe, dataset: Dataset | None = None, *, learns: bool 
 
 def _check_heads(recipe: Recipe, model: nn.Module, learns: bool) -> None:
     """Raise OptionError unless the loss reads the auxiliary heads that the model has, and no others."""
-    name, loss, heads = recipe.model.name, build_loss(recipe), auxiliary_heads(model)
+    name, loss, heads = recipe.model.name, build_loss(recipe, model), auxiliary_heads(model)
     if loss.reads_auxiliary and not heads:
         off = recipe.model.options().get("auxiliary") is False
         raise OptionError(
@@ -241,7 +245,7 @@ def build_step(source: str | Path | Mapping[str, Any] | Recipe, *, shapes_only: 
             )
         repeated = len(shape) == 3 and recipe.encoding.name == "repeat"
         x, y = random_sample(tuple(shape), timesteps, recipe.data.batch_size, repeated=repeated, dtype=dtype)
-    return Step(model, x, y, build_loss(recipe), recipe.backend, autocast, device)
+    return Step(model, x, y, build_loss(recipe, model), recipe.backend, autocast, device)
 
 
 def written_out(recipe: Recipe, dataset: Dataset) -> Recipe:

@@ -58,9 +58,8 @@ def evaluate(
     dataset = load_split(chosen, split)
     fabric, model = restored("evaluate", found, chosen, dataset)
     with use_backend(chosen.backend):
-        result = measure(
-            model, dataset, fabric, build_encoding(chosen), build_loss(chosen), chosen.data.batch_size, chosen.seed
-        )
+        loss, size = build_loss(chosen, model), chosen.data.batch_size
+        result = measure(model, dataset, fabric, build_encoding(chosen), loss, size, chosen.seed)
     return {**result, "split": split, "checkpoint": str(found.path)}
 
 

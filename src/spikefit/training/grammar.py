@@ -130,7 +130,8 @@ def _options_of(section: str, name: str | None) -> dict[str, Any]:
         "encoding": ENCODINGS,
         "loss": LOSSES,
     }
-    make = tables.get(section, {}).get(name or "")
+    # a loss without a name follows the model; what all of them take can be set all the same
+    make = tables.get(section, {}).get(name or ("ce_mean" if section == "loss" else ""))
     return {} if make is None else {k: v for k, v in annotations(make).items() if k not in NAMED}
 
 

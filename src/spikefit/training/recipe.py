@@ -187,15 +187,19 @@ class StrategySection(OpenSection):
 
 
 class LossSection(OpenSection):
-    """The loss; further keys are its options, such as label_smoothing."""
+    """The loss; further keys are its options, such as label_smoothing.
 
-    name: str = "ce_mean"
+    Without a name that of the model: "ce_heads" where it has auxiliary heads, else "ce_mean".
+    """
+
+    name: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.name in LOSSES:
-            check_options(f"loss {self.name}", LOSSES[self.name], self.options())
-        create_loss(self.name, **self.options())
+        name = "ce_mean" if self.name is None else self.name
+        if name in LOSSES:
+            check_options(f"loss {name}", LOSSES[name], self.options())
+        create_loss(name, **self.options())
         return self
 
 

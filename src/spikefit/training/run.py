@@ -73,8 +73,9 @@ class Run:
         # classes that follow from the training data have to do for the test data too
         check_classes(self.recipe, data.test)
         self.augmentation = build_augmentation(recipe, data.train)
-        self.encoding, self.loss = build_encoding(recipe), build_loss(recipe)
+        self.encoding = build_encoding(recipe)
         self.model = build_model(self.recipe, data.train)
+        self.loss = build_loss(recipe, self.model)
         self.optimizer = build_optimizer(recipe, self.model)
         self.sizes = self._batch_sizes()
         self.wrapped, self.wrapped_optimizer = fabric.setup(self.model, self.optimizer)
