@@ -59,9 +59,9 @@ def _strategies() -> list[Row]:
 def _strategies_for(model: str, changes: dict[str, str]) -> list[Row]:
     """Every strategy with yes, or no and why, for one model."""
     from spikefit.cli.targets import read_recipe
-    from spikefit.engines import STRATEGIES
+    from spikefit.engines import STRATEGIES, parse_strategy
     from spikefit.errors import StrategyError
-    from spikefit.models import use_strategy
+    from spikefit.models import SpikingNetwork, use_strategy
     from spikefit.training import build_model
 
     network, rows = build_model(read_recipe(model, changes), learns=False), []
@@ -71,7 +71,8 @@ def _strategies_for(model: str, changes: dict[str, str]) -> list[Row]:
             applies = "yes"
         except StrategyError as error:
             applies = f"no: {error}"
-        gradient = "exact" if kind.exact else "approximate"
+        exact = all(parse_strategy(name).exact_on(m.chain) for m in network.modules() if isinstance(m, SpikingNetwork))
+        gradient = "exact" if exact and kind.exact else "approximate"
         rows.append({"name": name, "applies": applies, "gradient": gradient, "summary": kind.summary})
     return rows
 

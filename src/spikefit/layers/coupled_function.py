@@ -69,7 +69,7 @@ class _Coupled(torch.autograd.Function):
         # bits give every argument of a branch; states are there for the gradients of gains alone
         inverts = call.keep.kind == "anchors" or (call.keep.kind == "bits" and learns)
         recorder = Recorder(call, inverts)
-        s, rows = [threshold.fire(one) for one in v], list[Tensor]()
+        s, rows = [threshold.fire(one).to(x.dtype) for one in v], list[Tensor]()
         for t, x_t in enumerate(call.inputs(x), call.step + 1):
             v, s = block.advance(t - 1, x_t, v, s, gains[t], recorder.running(t, x.device))
             recorder.note(t, v)
@@ -79,7 +79,7 @@ class _Coupled(torch.autograd.Function):
             recorder.check_safe(gains)
         saved, ctx.spec = tree_flatten((recorder.kept(), x, tensors))
         ctx.save_for_backward(*saved)
-        ctx.inverts, ctx.learns, ctx.shapes, ctx.dtype = inverts, learns, [one.shape for one in v], v[0].dtype
+        ctx.inverts, ctx.learns, ctx.shapes = inverts, learns, [one.shape for one in v]
         ctx.set_materialize_grads(False)
         return block.stacked(rows, x), *v
 
@@ -102,7 +102,7 @@ class _Backward:
     def __init__(self, ctx, g: MaybeTensor, q: list[MaybeTensor]) -> None:
         self.call: Call = ctx.call
         self.block, self.stages = self.call.block, range(self.call.block.count)
-        self.inverts, self.learns, self.shapes, self.dtype = ctx.inverts, ctx.learns, ctx.shapes, ctx.dtype
+        self.inverts, self.learns, self.shapes = ctx.inverts, ctx.learns, ctx.shapes
         self.kept, x, tensors = tree_unflatten(list(ctx.saved_tensors), ctx.spec)
         self.x, self.wants_x, self.device = self.call.inputs(x), ctx.needs_input_grad[1], x.device
         self.start, gains, parameters = self.call.parted(tensors)
@@ -138,7 +138,10 @@ class _Backward:
         first, gains = t == 1, self.gains[t]
         known = list(self.start) if t - 1 == self.call.step else self.kept.states.get(t - 1)
         before: list[MaybeTensor] = list(known) if known else [None for _ in self.stages]
-        carried: list[MaybeTensor] = list(self.block.products(known, gains)) if known else [None for _ in self.stages]
+        analog = self.block.fusion == "all_deeper"
+        carried: list[MaybeTensor] = [None for _ in self.stages]
+        if known and analog:
+            carried = list(self.block.products(known, gains))
         fired: list[MaybeTensor] = [None for _ in self.stages]
         to_carry: list[MaybeTensor] = [None for _ in self.stages]
         to_spikes: list[MaybeTensor] = [None for _ in self.stages]
@@ -162,7 +165,7 @@ class _Backward:
             fired[stage] = self._spikes(t - 1, stage, before)
             to_carry[stage] = _sum(to_carry[stage], d)
             for i, one in enumerate(d_deeper, stage + 1):
-                target = to_carry if self.block.fusion == "all_deeper" else to_spikes
+                target = to_carry if analog else to_spikes
                 target[i] = _sum(target[i], one)
         if not first:
             self._hand_on(t, before, to_carry)
@@ -214,11 +217,11 @@ class _Backward:
         last = self.stages[-1]
         by_spikes = cast(Head, self.block.heads[self.block.head_of[t]]).reads == "spikes"
         seen = pooled(self._spikes(t, last, v)) if by_spikes else self.kept.pooled[t]
-        _, (d_seen,) = self._through(t, "head", (seen,), d)
+        _, (d_seen,) = self._through(t, "head", (seen.to(self.x[0].dtype),), d)
         if d_seen is None:
             return
         shape = self.shapes[last]
-        spread = d_seen.view(*shape[:2], *[1] * (len(shape) - 2)).expand(shape) / math.prod(shape[2:])
+        spread = d_seen.to(seen.dtype).view(*shape[:2], *[1] * (len(shape) - 2)).expand(shape) / math.prod(shape[2:])
         target = self.spiked if by_spikes else self.carry
         target[last] = _sum(target[last], spread)
 
@@ -229,7 +232,7 @@ class _Backward:
 
     def _spikes(self, t: int, stage: int, v: Sequence[MaybeTensor]) -> Tensor:
         """s_l[t], as forward had it."""
-        return self._code(t, stage, v, 0).to(self.dtype)
+        return self._code(t, stage, v, 0).to(self.x[0].dtype)
 
     def _code(self, t: int, stage: int, v: Sequence[MaybeTensor], which: int) -> Tensor:
         """Spikes (0) or window (1) of v_l[t], from the bits that were kept or from the state."""
@@ -264,7 +267,7 @@ class _Backward:
             )
         below = max((k for k in self.kept.states if k < t), default=call.step)
         v: Tensors = list(self.kept.states.get(below, self.start))
-        s = [threshold.fire(one) for one in v]
+        s = [threshold.fire(one).to(self.x[0].dtype) for one in v]
         for k in range(below + 1, t + 1):
 
             def run(who: int, *args: Tensor, k: int = k) -> Tensor:

@@ -39,7 +39,7 @@ class Branch(nn.Module):
     def forward(self, below: Tensor, *deeper: Tensor) -> Tensor:
         """own(below, *deeper), with the shared module in front if there is one."""
         # as inputs of their own, so that plain autograd adds up the gradient of each call before it adds calls up
-        below, deeper = below.view_as(below), tuple(one.view_as(one) for one in deeper)
+        below, deeper = below.view_as(below), tuple(one.view_as(one).to(below.dtype) for one in deeper)
         return self.own(below, *deeper) if self.shared is None else self.own(self.shared, below, *deeper)
 
 
@@ -137,7 +137,7 @@ class CoupledSteps(nn.Module):
         """
         step, v = self.entered(x, state)
         gains, rows = self.gains(), list[Tensor]()
-        s = [self.fire(one) for one in v]
+        s = [self.fire(one).to(x.dtype) for one in v]
         for x_t in self.inputs(x):
             v, s = self.advance(step, x_t, v, s, gains[step])
             step += 1
@@ -158,7 +158,7 @@ class CoupledSteps(nn.Module):
             deeper = self.deeper(stage, s, carried)
             made = self.branch(step, stage)(below, *deeper) if run is None else run(stage, below, *deeper)
             after.append(self.joined(stage, made, carried[stage] if carried else None))
-            fired.append(self.fire(after[-1]))
+            fired.append(self.fire(after[-1]).to(x_t.dtype))
         return after, fired
 
     def products(self, v: Tensors, gains: list[Tensor | None]) -> Tensors:
@@ -192,7 +192,7 @@ class CoupledSteps(nn.Module):
         if name is None:
             return None
         head = cast(Head, self.heads[name])
-        return head(pooled(s if head.reads == "spikes" else v))
+        return head(pooled(s if head.reads == "spikes" else v).to(s.dtype))
 
     def branch(self, step: int, stage: int) -> Branch:
         """F of a stage in step number `step` (from 0)."""
