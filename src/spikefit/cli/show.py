@@ -94,7 +94,7 @@ def show_profile(target: str, result: dict[str, Any]) -> None:
             ]
         )
     settings = result["settings"]
-    reset = f"{settings['reset']} reset"
+    reset = "no reset" if settings["reset"] in ("", "none") else f"{settings['reset']} reset"
     _print(
         ["layer", "kind", "parameters", "kept MiB", "rate %", "M MACs", "M SynOps", "energy uJ"],
         body,
@@ -131,8 +131,8 @@ def _all_spiking_row(energy: dict[str, Any]) -> list[list[str]]:
 
 def _membrane_rows(result: dict[str, Any]) -> list[list[str]]:
     """What the neurons alone hold, in forward and under every strategy."""
-    if result["lif_forward_bytes"] is None:
-        return []
+    if not result["lif_forward_bytes"]:
+        return []  # no network of this library, or none of its neurons
     settings = result["settings"]
     rows = [["membranes in forward", f"{result['lif_forward_bytes'] / MIB:.2f} MiB"]]
     for name, kept in result["lif_backward_kept_bytes"].items():

@@ -109,6 +109,11 @@ def profile(
 ) -> Profile:
     """Measure one training step: bytes by layer and category, peak, time, rates, operations, energy.
 
+    Operations are those of units, of read-outs, and of the nn.Conv1d, nn.Conv2d and nn.Linear that blocks of your own
+    call, with rows [B, C, ...] of one step, or [k B, C, ...] of k steps; calls of a layer add up. A block whose steps
+    have weights of their own says `weights_per_step = True`: its steps are then layers of the ANN twin, which runs in
+    each of them what several share, as the network does.
+
     Args:
         model: a module, the name of a zoo model, "package.module:factory", a `Target`, or the `Step` of a recipe
             (`spikefit.training.build_step`).
