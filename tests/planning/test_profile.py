@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from spikefit.errors import OptionError, SpikefitError
-from spikefit.layers import Dropout, Flatten, Readout, SpikingConv2d
+from spikefit.layers import Dropout, Flatten, Readout, SpikingConv2d, SpikingLinear
 from spikefit.models import SpikingNetwork, create_model
 from spikefit.neurons import Threshold
 from spikefit.planning import (
@@ -189,19 +189,17 @@ def test_modules_of_units_and_readouts_are_not_counted_a_second_time():
 
 
 class Rows(nn.Module):
-    """A convolution and linear maps, each called with rows of another kind; two frames have layers of their own."""
+    """A convolution and linear maps, each called with rows of another kind."""
 
     def __init__(self):
         super().__init__()
         self.folded = nn.Conv1d(2, 3, 3)
         self.tokens, self.sequence, self.alone, self.mixed = (nn.Linear(2, 5) for _ in range(4))
-        self.frames = nn.ModuleList(nn.Linear(2, 1) for _ in range(2))
-        self.fire = Threshold()
+        self.named = nn.Linear(2, 1)
 
     def forward(self, x):
         # x: [T, B, 2]
-        spikes = self.fire(self.frames[0](x[0]))
-        total = self.frames[1](input=x[1]).sum() + spikes.sum()
+        total = self.named(input=x[1]).sum()
         line = x.unsqueeze(3).repeat(1, 1, 1, 4)
         total = total + self.folded(line.flatten(0, 1)).sum()
         total = total + self.tokens(x[0].unsqueeze(1).repeat(1, 7, 1)).sum()
@@ -215,8 +213,7 @@ def test_rows_of_all_kinds_are_counted_per_sample():
     for counted, _ in (counted_run(Rows(), x, False), counted_shapes(Rows(), x, False)):
         found = {name: (layer.macs, layer.steps) for name, layer in counted.items()}
         assert found == {
-            "frames.0": (2, 1),
-            "frames.1": (2, 1),
+            "named": (2, 1),
             "folded": (3 * 2 * 2 * 3, 4),
             "tokens": (7 * 10, 1),
             "sequence": (10, 5),
@@ -224,13 +221,48 @@ def test_rows_of_all_kinds_are_counted_per_sample():
             "alone": (pytest.approx(10 / 3), 1),
             "mixed": (pytest.approx(5 * 2 * 10 / 3), 1),
         }
-    counted, _ = counted_run(Rows(), x, False)
-    # what reads the input of the network is a first layer, whatever fired before
-    assert [name for name, layer in counted.items() if layer.first] == ["frames.0", "frames.1", "sequence", "alone"]
     exact = counted_run(Rows(), torch.ones(4, 3, 2), False)[0]
     assert {name: layer.synops_exact / layer.total_macs for name, layer in exact.items()} == pytest.approx(
         dict.fromkeys(exact, 1.0)
     )
+
+
+class Frames(nn.Module):
+    """Two frames with a stem of two layers each, and layers behind spikes of several kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.stems = nn.ModuleList(nn.ModuleList(nn.Linear(2, 2) for _ in range(2)) for _ in range(2))
+        self.events = nn.Linear(2, 2)
+        self.fire, self.unit = Threshold(), SpikingLinear(2, 2, norm="none")
+        self.pooled, self.membrane, self.own, self.late = (nn.Linear(2, 2) for _ in range(4))
+
+    def forward(self, x):
+        total = torch.zeros(2)
+        for frame, (first, second) in zip(x, self.stems, strict=True):
+            z = second(first(frame.clone()))  # a layout of its own
+            spikes = self.fire(z) + 0.0
+            buffer = torch.zeros(2, *spikes.shape)
+            buffer[1] = spikes
+            total = total + self.pooled(buffer.mean(0))
+        total = total + self.events((x[0] > 0.5).float().contiguous()).sum()
+        s, v = self.unit(x)
+        total = total + self.membrane(v)
+        own = (second(frame) > 0).float()  # a neuron written out
+        return total + self.own(own) + self.late(0.3 * own) + s
+
+
+def test_first_layers_have_no_spike_behind_their_input():
+    """Whatever ran before them: copies of data, binary data, and layers with only layers in front."""
+    x = torch.rand(2, 3, 2, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    model = Frames()
+    with torch.no_grad():
+        model.stems[1][1].bias.fill_(2.0)  # some spikes
+    counted, _ = counted_run(model, x, False)
+    first = [f"stems.{t}.{i}" for t in range(2) for i in range(2)]
+    assert {name for name, layer in counted.items() if layer.first} == {*first, "events", "unit"}
+    assert {name for name, layer in counted.items() if not layer.first} == {"pooled", "membrane", "own", "late"}
 
 
 class RunAgain(PlainSteps):

@@ -3,16 +3,21 @@
 Units and read-outs get whole sequences, and read the weight of a module that they never call. A convolution or a linear
 map that is called itself, as blocks of your own do, gets rows [B, C, ...] of one step, or [k B, C, ...] of k steps.
 What a layer does in several calls adds up, so a layer that is called in every step counts like a unit.
+
+A first layer is one without a spike behind its input: it reads the data, or what other first layers made of them.
 """
 
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from spikefit.layers import Readout, SpikingConv1d, SpikingUnit
 from spikefit.layers.packed import dense
@@ -85,7 +90,7 @@ class _Counter:
     Args:
         module: the model.
         x: what it is called with, [T, B, ...].
-        values: whether tensors have values; without them there are no rates.
+        values: whether tensors have values; without them there are no rates, and first layers are not looked for.
 
     Attributes:
         counted: layer -> operations, in the order of the first calls.
@@ -93,7 +98,7 @@ class _Counter:
 
     def __init__(self, module: nn.Module, x: Tensor, *, values: bool) -> None:
         self.counted: dict[str, Operations] = {}
-        self.x, self.values, self.fired = x, values, False
+        self.x, self.values, self.origins = x, values, _Origins()
         self.modules = dict(module.named_modules())
         self.own = [name for name, m in self.modules.items() if getattr(m, "weights_per_step", False)]
         self.handles: list[Any] = []
@@ -102,13 +107,17 @@ class _Counter:
         for name, m in self.modules.items():
             if isinstance(m, SpikingUnit | Readout):
                 self.handles.append(m.register_forward_pre_hook(partial(self._sequence, name)))
+                self.handles.append(m.register_forward_hook(self._made))
             elif isinstance(m, nn.Conv1d | nn.Conv2d | nn.Linear):
                 self.handles.append(m.register_forward_hook(partial(self._rows, name), with_kwargs=True))
             elif isinstance(m, FIRING):
                 self.handles.append(m.register_forward_hook(self._fired))
+        self.mode = self.origins if self.values else nullcontext()
+        self.mode.__enter__()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *error: Any) -> None:
+        self.mode.__exit__(*error)
         self.close()
 
     def close(self) -> None:
@@ -116,8 +125,11 @@ class _Counter:
         while self.handles:
             self.handles.pop().remove()
 
-    def _fired(self, *_: Any) -> None:
-        self.fired = True
+    def _made(self, layer: nn.Module, inputs: Any, output: Any) -> None:
+        self.origins.mark(output, LAYER)
+
+    def _fired(self, neuron: nn.Module, inputs: Any, output: Any) -> None:
+        self.origins.mark(output, SPIKES)
 
     @torch.no_grad()
     def _sequence(self, name: str, layer: SpikingUnit | Readout, inputs: Any) -> None:
@@ -138,15 +150,47 @@ class _Counter:
             rows, output = rows.flatten(0, 1), output.flatten(0, 1)  # a whole sequence
         one = operations(layer, rows.unsqueeze(0), output.shape[1:], values=self.values)
         self._add(name, x, of_rows(one, rows.shape[0], self.x.shape[1]))
+        self.origins.mark(output, LAYER)
 
     def _add(self, name: str, x: Tensor, made: Operations) -> None:
         """Note a call of the layer `name` with `x`."""
-        reads_data = x.untyped_storage()._cdata == self.x.untyped_storage()._cdata
-        # spikes that no module of ours made
-        self.fired = self.fired or (made.binary and bool(made.rate) and not reads_data)
+        if made.binary and made.rate and self.origins.of(x) == LAYER:
+            self.origins.mark(x, SPIKES)  # of a neuron that is no module of ours
         own = any(name == owner or name.startswith(f"{owner}.") or not owner for owner in self.own)
-        made = replace(made, first=reads_data or not self.fired, own_steps=own)
+        made = replace(made, first=self.values and self.origins.of(x) < SPIKES, own_steps=own)
         self.counted[name] = made if name not in self.counted else self.counted[name] + made
+
+
+# Where a tensor comes from: a layer has computed it, or spikes are behind it; 0 for data and weights.
+LAYER, SPIKES = 1, 2
+
+
+class _Origins(TorchDispatchMode):
+    """Knows where tensors come from: what an operation makes comes from where the last of its inputs does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = tree_leaves((args, kwargs))
+        self.mark(out, max((self.of(t) for t in given if isinstance(t, Tensor)), default=0))
+        return out
+
+    def of(self, t: Tensor) -> int:
+        """0, LAYER or SPIKES."""
+        return self.known.get(t.untyped_storage()._cdata, 0) if t.layout == torch.strided else 0
+
+    def mark(self, made: Any, origin: int) -> None:
+        """All tensors in `made` come from `origin`, or from further on."""
+        for t in tree_leaves(made):
+            if isinstance(t, Tensor) and t.layout == torch.strided and origin > self.of(t):
+                storage = t.untyped_storage()
+                if storage._cdata not in self.known:
+                    # its place may be taken by another one later
+                    weakref.finalize(storage, self.known.pop, storage._cdata, None)
+                self.known[storage._cdata] = origin
 
 
 def _output_shape(layer: SpikingUnit | Readout, x: Tensor) -> tuple[int, ...]:

@@ -47,7 +47,7 @@ class Operations:
         binary: whether the input was 0 or 1 everywhere.
         rate: mean of the input per element and step; None if it was not run.
         synops_exact: accumulates triggered by spikes, padding left out, per sample; None if not binary or not run.
-        first: whether it reads the data: nothing has fired before it, or its input is that of the network.
+        first: whether it reads the data, or what layers made of them without a neuron between.
         own_steps: whether its steps belong to different layers of the ANN twin, as every step has weights of its own.
     """
 
