@@ -246,6 +246,21 @@ def test_blocks_of_plain_layers_and_thresholds_pass(strategy):
     assert verdict.passed, str(verdict)
 
 
+class Asked(PlainSteps):
+    """Steps that look at the spikes of their last state, which the next piece asks for again."""
+
+    def forward(self, x, state=None):
+        logits, state = super().forward(x, state)
+        return logits + 0 * self.fire(state[2]).mean(), state
+
+
+@pytest.mark.parametrize("strategy", ["step_checkpoint:2", "step_checkpoint:3"])
+def test_a_state_between_two_pieces_counts_once(strategy):
+    model = use_strategy(plain_network(Asked(3)), strategy)
+    verdict = verify(model, torch.rand(3, 4, 1, 4, 4))
+    assert verdict.passed, str(verdict)
+
+
 class Unheard(PlainSteps):
     """Steps with one more threshold, whose spikes reach no logits."""
 

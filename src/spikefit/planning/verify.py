@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from spikefit.errors import SpikefitError
 from spikefit.layers import SpikingUnit
@@ -213,10 +214,16 @@ def _run(
 
     notes = Notes()
 
+    seen = {threshold: WeakTensorKeyDictionary() for threshold in thresholds}
+
     def noted(threshold: Any, inputs: Any, spikes: Tensor) -> None:
-        if not outputs:
-            # one that is called in several places gives several shapes
-            pieces[thresholds[threshold]].append(spikes.detach().flatten().clone())
+        # a state handed from one piece of a sequence to the next may be asked by both
+        again = any(seen[threshold].get(v) == v._version for v in inputs)
+        if outputs or again:
+            return
+        seen[threshold].update({v: v._version for v in inputs})
+        # one that is called in several places gives several shapes
+        pieces[thresholds[threshold]].append(spikes.detach().flatten().clone())
 
     handles = [unit.register_forward_hook(lambda unit, inputs, output: notes.fired(unit, output[0])) for unit in units]
     handles += [threshold.register_forward_hook(noted) for threshold in thresholds]
