@@ -4,9 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from spikefit.layers import StandardizedConv2d
+from spikefit.models import SpikingNetwork
+from spikefit.neurons import Threshold
 from spikefit.ops import dispatch
 from spikefit.ops.lif import lif
 from spikefit.ops.node import Reversal, two_group
@@ -162,3 +165,69 @@ def assert_same_node_run(got: dict[str, Tensor], wanted: dict[str, Tensor], tole
     for name in ("d x", "d v_0"):
         assert wanted[name].abs().max() > 0, f"{name}: a zero gradient proves nothing"
         assert_close(got[name], wanted[name], tolerance, name)
+
+
+class PlainSteps(nn.Module):
+    """A block of plain layers whose steps have weights of their own, with a threshold in the place of neurons.
+
+        a = stem(x_1),   v_0 = a,   v_t = v_{t-1} / 2 + shared(private_t(s(v_{t-1}))) + a
+        logits_t = head(s(mean of v_t over space))
+
+    `stem` is called once, every depthwise `private` layer once, `shared` (1x1) and `head` in every step, and one
+    threshold `fire` everywhere, on [B, 2, H, W] and on [B, 2].
+
+    Shapes:
+        [T, B, 1, H, W] with T up to `timesteps` -> [T, B, 3]; state: (step number, a, v).
+    """
+
+    consumes_time = False
+    weights_per_step = True
+
+    def __init__(self, timesteps: int = 2) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 2, 3, padding=1)
+        self.private = nn.ModuleList(nn.Conv2d(2, 2, 3, padding=1, groups=2) for _ in range(timesteps))
+        self.shared = StandardizedConv2d(2, 2, 1)
+        self.head = nn.Linear(2, 3)
+        self.fire = Threshold()
+
+    def init_state(self, batch_size, shape, **options):
+        return None, (3,)
+
+    def forward(self, x, state=None):
+        if state is None:
+            a = self.stem(x[0])
+            state = 0, a, a
+        first, a, v = state
+        logits = []
+        for t in range(first, first + len(x)):
+            v = 0.5 * v + self.shared(self.private[t](self.fire(v))) + a
+            logits.append(self.head(self.fire(v.mean((2, 3)))))
+        return torch.stack(logits), (first + len(x), a, v)
+
+
+def plain_network(block: nn.Module | None = None, **options) -> SpikingNetwork:
+    """A network of `block`, a `PlainSteps` of random weights if it is None; neither silent nor saturated."""
+    if block is None:
+        torch.manual_seed(0)
+        block = PlainSteps(**options)
+        with torch.no_grad():
+            block.stem.weight.mul_(3)
+            block.shared.gain.fill_(2)
+    return SpikingNetwork([block], input_shape=(1, 4, 4))
+
+
+def known_steps(block: type[PlainSteps] = PlainSteps) -> SpikingNetwork:
+    """Two steps with maps of one value each: v_0 = (1, 0), v_1 = (1.5, 0.375), v_2 = (1.75, 0.5625).
+
+    Half of the neurons fire on v_0 and v_1, all on v_2.
+    """
+    made = block(2)
+    with torch.no_grad():
+        for weight in (made.stem.weight, made.shared.gain, *(layer.weight for layer in made.private)):
+            weight.zero_()
+        made.stem.bias.copy_(torch.tensor([1.0, 0.0]))
+        made.shared.bias.copy_(torch.tensor([0.0, 0.375]))
+        for layer in made.private:
+            layer.bias.fill_(0.25)  # neither 0 nor 1: what the shared layer reads is analog
+    return plain_network(made)

@@ -1,6 +1,7 @@
 """The command line as users type it: every verb, the key=value grammar, and one sentence for every mistake."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -9,9 +10,12 @@ import pytest
 import torch
 
 from spikefit.cli import main
+from spikefit.cli.show import show_profile
 from spikefit.cli.targets import read_recipe
 from spikefit.errors import OptionError
 from spikefit.neurons import TwoGroupNode, create_neuron
+from spikefit.planning import profile
+from support import known_steps
 
 RECIPE = """
 seed = 1
@@ -114,6 +118,18 @@ def test_profile_prints_json_and_a_table(run):
     assert status == 0
     for text in ("blocks.0", "kept MiB", "peak of a step, predicted", "Energy assumes"):
         assert text in out
+
+
+def test_profile_prints_both_accountings_where_they_differ(capsys):
+    result = profile(known_steps(), torch.full((2, 3, 1, 4, 4), 0.25), predict_only=True).to_dict()
+    shown = []
+    for numbers in ({}, {"snn_pj": 2e6}, {"snn_pj": 2e6, "all_spiking_pj": 1e6, "all_spiking_rate": 0.083}):
+        result["energy"] |= numbers
+        show_profile("mynet:make", result)
+        shown.append(capsys.readouterr().out)
+    row = r"with accumulates only behind the first layer\W+1\.00 uJ at a firing rate of 8\.3 %"
+    assert [re.search(row, text) is not None for text in shown] == [False, False, True]
+    assert all("charges accumulates only behind the first layer" in text for text in shown)
 
 
 def test_words_make_the_neuron_that_python_makes():

@@ -7,12 +7,12 @@ from torch import nn
 
 from spikefit.engines import STRATEGIES, Strategy, parse_strategy
 from spikefit.errors import StrategyError
-from spikefit.layers import GlobalAveragePool, Readout, SpikingConv2d, SpikingLinear
+from spikefit.layers import Flatten, GlobalAveragePool, Readout, SpikingConv2d, SpikingLinear
 from spikefit.models import SpikingNetwork, create_model, use_strategy
 from spikefit.neurons import LIF
 from spikefit.ops.dispatch import installed, use_backend
 from spikefit.planning.memory import predicted_bytes
-from support import backends_called, saved_bytes
+from support import PlainSteps, backends_called, plain_network, saved_bytes
 
 # "integer" is exact for neurons on a grid only, which tests/layers/test_shared.py has; "reversible" runs blocks of two
 # streams, which tests/models/test_reversible_models.py has; "step_checkpoint" needs norms per step, below
@@ -121,6 +121,37 @@ def test_what_cannot_be_stepped_is_not_checkpointed_in_time():
         create_model("har_conv", strategy="step_checkpoint")
     with pytest.raises(StrategyError, match="number of steps per piece, 1 or more, got '0'"):
         create_model("har_mlp", norm="ws", strategy="step_checkpoint:0")
+
+
+@pytest.mark.parametrize("strategy", ["lean", "lean:input", "lean:spikes", {"name": "lean", "keep": "auto"}])
+def test_lean_without_a_unit_is_refused(strategy):
+    model = plain_network()
+    with pytest.raises(StrategyError, match=r"no unit \(SpikingConv2d .* use strategy='checkpoint'.*'step_checkpoint'"):
+        use_strategy(model, strategy)
+    assert str(model.strategy) == "bptt"
+    with pytest.raises(StrategyError, match="strategy lean: the network has no unit"):
+        SpikingNetwork([Flatten(), LIF(), Readout(4, 2)], input_shape=(4,), strategy=strategy)
+    for named in ("checkpoint", "step_checkpoint", "bptt"):
+        use_strategy(model, named)
+    # one unit is enough, wherever it is
+    mixed = PlainSteps()
+    mixed.inner = nn.Sequential(SpikingLinear(2, 2))
+    assert use_strategy(SpikingNetwork([mixed], input_shape=(1, 4, 4)), strategy).strategy.name == "lean"
+    assert mixed.inner[0].keep == ("input" if "input" in str(strategy) else "spikes")
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "step_checkpoint", "step_checkpoint:2"])
+def test_what_is_told_to_use_in_the_place_of_lean_is_exact(strategy):
+    found = []
+    for chosen in ("bptt", strategy):
+        model = use_strategy(plain_network(timesteps=3).double(), chosen)
+        x = torch.linspace(-1, 1, 3 * 2 * 16, dtype=torch.float64).view(3, 2, 1, 4, 4).requires_grad_()
+        logits = model(x)
+        found.append((logits, *torch.autograd.grad(logits.square().sum(), [x, *model.parameters()])))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(float(g.abs().max()) > 0 for g in found[0][1:])
+    for wanted, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
 SHARING = {"har_mlp": {"hidden": 16}, "resnet19": {"width": 1 / 32, "input_shape": (3, 8, 8)}}

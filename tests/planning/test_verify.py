@@ -18,9 +18,9 @@ from spikefit.layers import (
     stage_function,
 )
 from spikefit.models import SpikingNetwork, create_model, use_strategy
-from spikefit.neurons import LIF
+from spikefit.neurons import LIF, Threshold
 from spikefit.planning import plan, verify
-from support import dyadic
+from support import PlainSteps, dyadic, plain_network
 
 SMALL = {"input_shape": (3, 12, 12), "width": 0.125}
 
@@ -229,3 +229,73 @@ def test_own_modules_made_of_units():
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
     with pytest.raises(StrategyError, match="contains no SpikingNetwork, which checkpoint needs"):
         use_strategy(Own(), "checkpoint")
+
+
+@pytest.mark.parametrize("strategy", ["bptt", "checkpoint", "step_checkpoint", "step_checkpoint:2"])
+def test_blocks_of_plain_layers_and_thresholds_pass(strategy):
+    model = use_strategy(plain_network(timesteps=3), strategy)
+    x = 2 * torch.rand(3, 4, 1, 4, 4, generator=torch.Generator().manual_seed(1)) - 1
+    with torch.no_grad():
+        fired = []
+        handle = model.blocks[0].fire.register_forward_hook(lambda m, inputs, spikes: fired.append(spikes.flatten()))
+        model(x)
+        handle.remove()
+    assert len(fired) == 6
+    assert 0.1 < float(torch.cat(fired).mean()) < 0.9
+    verdict = verify(model, x)
+    assert verdict.passed, str(verdict)
+
+
+class Asked(PlainSteps):
+    """Steps that look at the spikes of their last state, which the next piece asks for again."""
+
+    def forward(self, x, state=None):
+        logits, state = super().forward(x, state)
+        return logits + 0 * self.fire(state[2]).mean(), state
+
+
+@pytest.mark.parametrize("strategy", ["step_checkpoint:2", "step_checkpoint:3"])
+def test_a_state_between_two_pieces_counts_once(strategy):
+    model = use_strategy(plain_network(Asked(3)), strategy)
+    verdict = verify(model, torch.rand(3, 4, 1, 4, 4))
+    assert verdict.passed, str(verdict)
+
+
+class Unheard(PlainSteps):
+    """Steps with one more threshold, whose spikes reach no logits."""
+
+    def __init__(self, timesteps=2):
+        super().__init__(timesteps)
+        self.unheard = Threshold()
+
+    def forward(self, x, state=None):
+        logits, state = super().forward(x, state)
+        return logits + 0 * self.unheard(state[2]).mean(), state
+
+
+@pytest.mark.parametrize("call", [0, 3, None])
+def test_a_wrong_spike_of_a_threshold_is_seen(monkeypatch, call):
+    """In the first and the last of its calls, and where it changes nothing else."""
+    right, calls = Threshold.forward, []
+    torch.manual_seed(0)
+    model = use_strategy(plain_network(Unheard()), "checkpoint")
+    block = model.blocks[0]
+    faulty = block.unheard if call is None else block.fire
+
+    def wrong(self, v):
+        spikes = right(self, v)
+        if self is faulty and model.strategy.name == "checkpoint":
+            calls.append(v.shape)
+            # the repetition in backward has the same fault, so the strategy itself sees no difference
+            if call is None or (len(calls) - 1) % 4 == call:
+                return spikes + torch.zeros_like(spikes).index_fill_(0, torch.tensor(1), 1.0) * (1 - 2 * spikes)
+        return spikes
+
+    monkeypatch.setattr(Threshold, "forward", wrong)
+    verdict = verify(model, torch.rand(2, 3, 1, 4, 4))
+    name, flipped = ("blocks.0.unheard", 32) if call is None else ("blocks.0.fire", 32 if call == 0 else 2)
+    assert not verdict.passed
+    assert not verdict.spikes_equal
+    # the wrong spikes of the first call change later ones too
+    assert verdict.spikes_differing[name] >= flipped if call == 0 else verdict.spikes_differing == {name: flipped}
+    assert f"{name}: {verdict.spikes_differing[name]} spikes differ" in str(verdict)

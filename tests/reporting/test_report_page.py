@@ -57,6 +57,19 @@ def test_energy_in_microjoules(rows):
     assert plot["data"][0]["x"][2] == pytest.approx(0.34689024)
 
 
+def test_both_accountings_of_energy_are_told_where_they_differ(rows, tmp_path):
+    html = [write_report(tmp_path / "report.html", {"rows": rows}).read_text(encoding="utf-8")]
+    for row in rows:
+        row["energy"] |= {"all_spiking_pj": 1.25e6, "all_spiking_rate": 0.083}
+    html.append(write_report(tmp_path / "report.html", {"rows": rows}).read_text(encoding="utf-8"))
+    for row in rows:
+        row["energy"]["all_spiking_pj"] = row["energy"]["snn_pj"]
+    html.append(write_report(tmp_path / "report.html", {"rows": rows}).read_text(encoding="utf-8"))
+    told = "with accumulates only behind the first layer 1.25 µJ, at a firing rate of 8.30 %"
+    assert [told in text for text in html] == [False, True, False]
+    assert ["accumulates only" in text for text in html] == [False, True, False]
+
+
 def test_report_is_whole(report, tmp_path):
     html = write_report(tmp_path / "report.html", report).read_text(encoding="utf-8")
     assert len(figures_of(html)) == 3 + 2 + 2 + 2 + 1 + 1

@@ -9,7 +9,11 @@ import torch
 
 import spikefit
 from spikefit.errors import CheckpointError, OptionError, ShapeError, TrainingError
-from spikefit.training import ProgressBar, evaluate, load_checkpoint, load_recipe, predict, train
+from spikefit.neurons import Threshold
+from spikefit.training import ProgressBar, build_loss, evaluate, load_checkpoint, load_recipe, predict, train
+from spikefit.training.build import make_fabric
+from spikefit.training.evaluation import measure
+from support import known_steps
 
 
 def weights(out, group="model"):
@@ -76,6 +80,23 @@ def test_spike_rates_do_not_depend_on_the_strategy(small):
     rates = [train(small(epochs="1", lr="1e-9", strategy=s)).spike_rates for s in ("bptt", "lean")]
     assert min(rates[0].values()) > 0
     assert rates[0] == rates[1]
+
+
+@pytest.mark.parametrize("batch_size", [7, 16])
+def test_spike_rates_of_thresholds_are_known(small, batch_size):
+    """A threshold that is called on maps and on means counts neurons, not calls; one that nobody calls has no rate."""
+    model, recipe = known_steps(), small()
+    model.blocks[0].head, model.blocks[0].spare = torch.nn.Linear(2, 10), Threshold()
+    data, fabric = spikefit.load_dataset("digits", split="test", limit=40), make_fabric("evaluate", recipe)
+
+    def encoding(images, generator):
+        return images[..., :4, :4].expand(2, -1, -1, -1, -1)
+
+    result = measure(model, data, fabric, encoding, build_loss(recipe), batch_size, 0)
+    rate = (16 + 16 + 1 + 2) / (32 + 32 + 2 + 2)
+    assert result["spike_rates"] == {"blocks.0.fire": pytest.approx(rate, rel=1e-12)}
+    assert result["spike_rate"] == pytest.approx(rate, rel=1e-12)
+    assert not model.blocks[0].fire._forward_hooks
 
 
 def test_strategies_meet_the_same_batches_and_end_alike(small, tmp_path):

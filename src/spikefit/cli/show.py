@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
+from spikefit.planning.energy import counts_analog_as_spikes
 from spikefit.reporting.table import as_text, grid
 from spikefit.reporting.units import MIB
 
@@ -93,7 +94,7 @@ def show_profile(target: str, result: dict[str, Any]) -> None:
             ]
         )
     settings = result["settings"]
-    reset = f"{settings['reset']} reset"
+    reset = "no reset" if settings["reset"] in ("", "none") else f"{settings['reset']} reset"
     _print(
         ["layer", "kind", "parameters", "kept MiB", "rate %", "M MACs", "M SynOps", "energy uJ"],
         body,
@@ -111,6 +112,7 @@ def show_profile(target: str, result: dict[str, Any]) -> None:
         ["time of a step", _or(seconds, lambda v: f"{1000 * v:.1f} ms (median)")],
         *_membrane_rows(result),
         ["energy of one inference", _or(energy["snn_pj"], lambda v: f"{v * 1e-6:.2f} uJ")],
+        *_all_spiking_row(energy),
         ["energy of its ANN twin", f"{energy['ann_pj'] * 1e-6:.2f} uJ"],
     ]
     _print(["total", ""], totals, text=2)
@@ -119,10 +121,18 @@ def show_profile(target: str, result: dict[str, Any]) -> None:
         print(f"  - {line}")
 
 
+def _all_spiking_row(energy: dict[str, Any]) -> list[list[str]]:
+    """The total in which analog inputs count as spikes, where there are any behind the first layer."""
+    if not counts_analog_as_spikes(energy):
+        return []
+    total, rate = energy["all_spiking_pj"] * 1e-6, 100 * energy["all_spiking_rate"]
+    return [["with accumulates only behind the first layer", f"{total:.2f} uJ at a firing rate of {rate:.1f} %"]]
+
+
 def _membrane_rows(result: dict[str, Any]) -> list[list[str]]:
     """What the neurons alone hold, in forward and under every strategy."""
-    if result["lif_forward_bytes"] is None:
-        return []
+    if not result["lif_forward_bytes"]:
+        return []  # no network of this library, or none of its neurons
     settings = result["settings"]
     rows = [["membranes in forward", f"{result['lif_forward_bytes'] / MIB:.2f} MiB"]]
     for name, kept in result["lif_backward_kept_bytes"].items():

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from spikefit.engines.depth import modules_of
 from spikefit.errors import StrategyError
 from spikefit.layers import ResidualBlock, SpikingUnit
 from spikefit.layers.chain import State, run_blocks
@@ -91,8 +92,14 @@ def check_rebuilt(chain: list[Any], rebuild: Rebuild) -> None:
         stage.check(rebuild)
 
 
-def check_unshared(chain: list[Any]) -> None:
-    """Raise StrategyError if a membrane is shared, which lean units cannot rebuild."""
+def check_lean(chain: list[Any]) -> None:
+    """Raise StrategyError unless there is a unit to be lean, and no membrane is shared, which it cannot rebuild."""
+    if not any(isinstance(m, SpikingUnit) for block in modules_of(chain) for m in block.modules()):
+        raise StrategyError(
+            "strategy lean: the network has no unit (SpikingConv2d and its like) that could keep bits of spikes, so "
+            "nothing would change; use strategy='checkpoint', which runs blocks of any kind again, or "
+            "'step_checkpoint', which does so piece by piece in time."
+        )
     for block in stages_of(chain):
         if not isinstance(block, SharedStage):
             continue

@@ -107,7 +107,7 @@ STRATEGIES: dict[str, StrategyKind] = {
         depth.run_plain,
         depth.check_keep,
         depth.keep_of,
-        lambda chain, option: membranes.check_unshared(chain),
+        lambda chain, option: membranes.check_lean(chain),
     ),
     "checkpoint": StrategyKind(
         "recompute it: keep the input of every run of units; option: units per run (default: square root of all)",

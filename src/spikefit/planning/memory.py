@@ -21,7 +21,7 @@ from spikefit.layers import BatchNorm, Readout, SpikingUnit
 from spikefit.layers.packed import PackedSpikes
 from spikefit.layers.rebuild import REBUILDS
 from spikefit.layers.stage_function import Watcher, watched
-from spikefit.neurons import LeakyReadout, SpikingNeuron
+from spikefit.neurons import LeakyReadout, SpikingNeuron, Threshold
 from spikefit.ops.fire.reference import SCRATCH
 from spikefit.ops.node.op import generic_scratch_bytes
 from spikefit.planning.target import LossFunction, loss_of, mean_cross_entropy, with_targets
@@ -122,7 +122,7 @@ class _Watch:
         for name, module in reversed(self.stack):
             if isinstance(module, BatchNorm):
                 return _parent(name, self.stack), "norm input"
-            if isinstance(module, SpikingNeuron | LeakyReadout):
+            if isinstance(module, SpikingNeuron | LeakyReadout | Threshold):
                 return _parent(name, self.stack), "neuron input"
             if isinstance(module, SpikingUnit):
                 return name, self._category(name, module, t)

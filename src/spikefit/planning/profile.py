@@ -10,16 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from spikefit.errors import OptionError
-from spikefit.layers import Readout, SpikingConv1d, SpikingUnit
-from spikefit.layers.packed import Spikes, dense
 from spikefit.models import SpikingNetwork, use_strategy
-from spikefit.models.network import plain_bptt
-from spikefit.neurons import SpikingNeuron
+from spikefit.neurons import SpikingNeuron, Threshold
 from spikefit.ops.dispatch import installed, resolve, use_backend
 from spikefit.ops.dtype import compute_dtype
-from spikefit.planning.energy import Operations, energy_report, macs_of, operations
+from spikefit.planning.counting import counted_run, counted_shapes
+from spikefit.planning.energy import Operations, energy_report
 from spikefit.planning.measured import cuda_peak_bytes, measured_peak_bytes, measured_peak_bytes_of
-from spikefit.planning.membranes import Currents, membrane_bytes, watched_currents
+from spikefit.planning.membranes import membrane_bytes
 from spikefit.planning.memory import SavedBytes, predicted_bytes, reliability
 from spikefit.planning.target import (
     LossFunction,
@@ -42,6 +40,8 @@ class LayerProfile:
         saved_bytes: category -> bytes held between forward and backward.
         spike_rate: mean of the neuron's output per neuron and step; None without a neuron or a run.
         macs: multiply-accumulates per sample and step, as if dense.
+        steps: how many steps of a sequence the layer computes: T, or 1 for a step that is repeated and for a layer that
+            is called once.
         synops, synops_exact: accumulates per sample and sequence, see `Operations`.
         energy_pj: per sample and sequence.
     """
@@ -51,7 +51,8 @@ class LayerProfile:
     parameters: int
     saved_bytes: dict[str, int]
     spike_rate: float | None = None
-    macs: int | None = None
+    macs: float | None = None
+    steps: int | None = None
     synops: float | None = None
     synops_exact: float | None = None
     energy_pj: float | None = None
@@ -107,6 +108,11 @@ def profile(
     **target_options: Any,
 ) -> Profile:
     """Measure one training step: bytes by layer and category, peak, time, rates, operations, energy.
+
+    Operations are those of units, of read-outs, and of the nn.Conv1d, nn.Conv2d and nn.Linear that blocks of your own
+    call, with rows [B, C, ...] of one step, or [k B, C, ...] of k steps; calls of a layer add up. A block whose steps
+    have weights of their own says `weights_per_step = True`: its steps are then layers of the ANN twin, which runs in
+    each of them what several share, as the network does.
 
     Args:
         model: a module, the name of a zoo model, "package.module:factory", a `Target`, or the `Step` of a recipe
@@ -165,13 +171,13 @@ def _profile(step: Step, target: Target | None, predict_only: bool, repeats: int
     module, x, y, loss, autocast = step.model, step.x, step.y, step.loss, step.autocast
     with in_training(module):
         predicted = predicted_bytes(module, x, y, loss=loss, autocast=autocast, device=step.device)
-        counted, currents = _shapes(module, x, autocast)
+        counted, currents = counted_shapes(module, x, autocast)
         dtype = compute_dtype(next((p.dtype for p in module.parameters()), torch.float32))
         membranes = membrane_bytes(module, currents, dtype) if isinstance(module, SpikingNetwork) else None
         rates: dict[str, float] = {}
         seconds = peak = None
         if not predict_only:
-            counted, rates = _observe(module, x, autocast)
+            counted, rates = counted_run(module, x, autocast)
             seconds = _step_seconds(module, x, y, loss, autocast, repeats)
             if x.is_cuda:
                 peak = cuda_peak_bytes(module, x, y, loss, autocast=autocast)
@@ -233,99 +239,6 @@ def memory_against_timesteps(
     return rows
 
 
-def _output_shape(layer: SpikingUnit | Readout, x: Tensor) -> tuple[int, ...]:
-    """Shape of one sample of the current, for the input sequence `x` of a unit or read-out."""
-    if isinstance(layer, Readout):
-        return (layer.linear.out_features,)
-    if isinstance(layer, SpikingConv1d) and layer.over == "time":
-        s = cast(nn.Conv1d, layer.synapse)
-        reach = s.dilation[0] * (s.kernel_size[0] - 1) + 1
-        return s.out_channels, (x.shape[0] + 2 * int(s.padding[0]) - reach) // s.stride[0] + 1
-    return layer.output_shape(tuple(x.shape[2:]))
-
-
-def _synapse(layer: SpikingUnit | Readout) -> nn.Module:
-    return layer.linear if isinstance(layer, Readout) else layer.synapse
-
-
-def _over_time(layer: nn.Module) -> bool:
-    return isinstance(layer, SpikingConv1d) and layer.over == "time"
-
-
-@torch.no_grad()
-def _unpacked(x: Spikes) -> Tensor:
-    return dense(x)
-
-
-class _Inputs:
-    """Calls `note(name, layer, x)` with the input of every unit and read-out during a forward."""
-
-    def __init__(self, module: nn.Module, note: Any) -> None:
-        layers = {n: m for n, m in module.named_modules() if isinstance(m, SpikingUnit | Readout)}
-        self.handles = [
-            layer.register_forward_pre_hook(lambda m, inputs, n=name: note(n, m, _unpacked(inputs[0])))
-            for name, layer in layers.items()
-        ]
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: Any) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-
-def _as_operations(layer: SpikingUnit | Readout, x: Tensor) -> Operations:
-    # a convolution over time is one step whose length is time
-    sequence = x.permute(1, 2, 0).unsqueeze(0) if _over_time(layer) else x
-    return operations(_synapse(layer), sequence.detach(), _output_shape(layer, x))
-
-
-def _shapes(module: nn.Module, x: Tensor, autocast: bool) -> tuple[dict[str, Operations], Currents]:
-    """Operations and what the neurons get, from shapes alone."""
-    counted: dict[str, Operations] = {}
-    currents: Currents = {}
-
-    def note(name: str, layer: SpikingUnit | Readout, x: Tensor) -> None:
-        once = _over_time(layer) or (x.shape[0] > 1 and x.stride(0) == 0)
-        macs = macs_of(_synapse(layer), _output_shape(layer, x))
-        _count(counted, name, Operations(macs, 1 if once else x.shape[0], False, None))
-
-    # units that rebuild what they need do not call their neurons
-    with _Inputs(module, note), watched_currents(module, currents), plain_bptt(module):
-        predicted_bytes(module, *with_targets(x), loss=lambda logits, _: logits.sum(), autocast=autocast)
-    return counted, currents
-
-
-def _count(counted: dict[str, Operations], name: str, made: Operations) -> None:
-    """Add a call of a layer: a stage that shares a membrane calls it step by step."""
-    counted[name] = made if name not in counted else counted[name] + made
-
-
-def _observe(module: nn.Module, x: Tensor, autocast: bool) -> tuple[dict[str, Operations], dict[str, float]]:
-    """Operations and spike rates of one real forward; buffers are put back."""
-    counted: dict[str, Operations] = {}
-    buffers = {name: b.clone() for name, b in module.named_buffers()}
-    fired: dict[str, list[Tensor]] = {}
-    handles = [
-        m.register_forward_hook(
-            lambda m, _, out, n=name: fired.setdefault(n, []).append(out[0].detach().float().mean())
-        )
-        for name, m in module.named_modules()
-        if isinstance(m, SpikingNeuron)
-    ]
-    with _Inputs(module, lambda name, layer, x: _count(counted, name, _as_operations(layer, x))), torch.no_grad():
-        # the forward does not depend on the strategy, but units that pack do not call their neurons
-        with plain_bptt(module), torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
-            module(x)
-        for name, b in module.named_buffers():
-            b.copy_(buffers[name])
-    for handle in handles:
-        handle.remove()
-    rates = {name: float(torch.stack(calls).mean()) for name, calls in fired.items()}
-    return counted, rates
-
-
 def _step_seconds(module: nn.Module, x: Tensor, y: Tensor, loss: LossFunction, autocast: bool, repeats: int) -> float:
     """Median time of a training step after one that warms up; gradients and buffers are put back."""
     if repeats < 1:
@@ -354,20 +267,21 @@ def _rows(
 ) -> list[LayerProfile]:
     """One row per layer that has a weight, keeps something or fires, in network order."""
     modules = dict(module.named_modules())
-    names = [n for n in modules if n and (n in counted or n in saved.layers)]
+    alone = {n for n in rates if isinstance(modules[n], Threshold)}  # the rate of a neuron stands beside its unit
+    names = [n for n in modules if n and (n in counted or n in saved.layers or n in alone)]
     names += [n for n in saved.layers if n not in names]
     rows = []
     for name in names:
         layer, ops = modules.get(name), counted.get(name)
-        fired = next((rate for neuron, rate in rates.items() if neuron in (name, f"{name}.neuron")), None)
         rows.append(
             LayerProfile(
                 name=name,
                 kind=type(layer).__name__ if layer is not None else "network",
                 parameters=sum(p.numel() for p in layer.parameters() if p.requires_grad) if layer is not None else 0,
                 saved_bytes=saved.layers.get(name, {}),
-                spike_rate=fired,
+                spike_rate=rates.get(name, rates.get(f"{name}.neuron")),
                 macs=ops.macs if ops else None,
+                steps=ops.steps if ops else None,
                 synops=ops.synops if ops else None,
                 synops_exact=ops.synops_exact if ops else None,
                 energy_pj=ops.energy_pj if ops else None,
@@ -389,9 +303,8 @@ def _categories(module: nn.Module, x: Tensor, saved: SavedBytes) -> dict[str, in
 
 def _settings(module: nn.Module, x: Tensor, autocast: bool) -> dict[str, Any]:
     neurons = [m for m in module.modules() if isinstance(m, SpikingNeuron)]
-    resets = sorted(
-        {"none" if not n.reset else "soft" if n.v_reset is None else f"hard to {n.v_reset:g}" for n in neurons}
-    )
+    resets = {"none" if not n.reset else "soft" if n.v_reset is None else f"hard to {n.v_reset:g}" for n in neurons}
+    resets |= {"none" for m in module.modules() if isinstance(m, Threshold)}
     networks = [m for m in module.modules() if isinstance(m, SpikingNetwork)]
     leaks = {n.coefficients()[0] for n in neurons}
     learned = any(isinstance(leak, Tensor) for leak in leaks)
@@ -401,7 +314,7 @@ def _settings(module: nn.Module, x: Tensor, autocast: bool) -> dict[str, Any]:
         "sample_shape": list(x.shape[2:]),
         "repeated_input": x.shape[0] > 1 and x.stride(0) == 0,
         "dtype": "bfloat16 autocast" if autocast else str(x.dtype).removeprefix("torch."),
-        "reset": ", ".join(resets),
+        "reset": ", ".join(sorted(resets)),
         "detach_reset": sorted({n.detach_reset for n in neurons}),
         "leak": [*sorted(leak for leak in leaks if isinstance(leak, float)), *(["learned"] if learned else [])],
         "share": ", ".join(sorted({n.share for n in networks})) or "none",

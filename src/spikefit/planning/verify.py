@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from spikefit.errors import SpikefitError
 from spikefit.layers import SpikingUnit
 from spikefit.layers.packed import PackedSpikes
 from spikefit.layers.stage_function import Watcher, watched
 from spikefit.models.network import SpikingNetwork, plain_bptt
+from spikefit.neurons import Threshold
 from spikefit.ops.dispatch import use_backend
 from spikefit.planning.target import (
     LossFunction,
@@ -43,8 +45,8 @@ class Verdict:
 
     Attributes:
         passed: all of the following hold.
-        spikes_equal: logits (those of auxiliary heads too, if the loss reads them) and the spikes of every unit are
-            equal bit for bit.
+        spikes_equal: logits (those of auxiliary heads too, if the loss reads them) and the spikes of every unit and
+            threshold are equal bit for bit.
         buffers_equal: buffers after the step are equal, counters exactly and running statistics to a few roundings.
         random_equal: the random number generator stands where it stood after the oracle.
         max_gradient_error: largest |difference| over all gradients, each over its own largest absolute value, or over
@@ -52,7 +54,7 @@ class Verdict:
         worst: name of that gradient.
         tolerance: what the error may be.
         noise: largest rounding of a gradient, |difference| between two runs of the oracle over its largest value.
-        spikes_differing: unit -> spikes that differ.
+        spikes_differing: unit or threshold -> spikes that differ.
         approximate: name of the strategy if it is not exact, else None.
         accepts: the error of a rebuilt u up to which that strategy runs.
     """
@@ -195,7 +197,8 @@ def _run(
         for name, module in model.named_modules()
         if isinstance(module, SpikingUnit) and module.neuron is not None
     }
-    pieces: dict[str, list[Tensor]] = {name: [] for name in units.values()}
+    thresholds = {module: name for name, module in model.named_modules() if isinstance(module, Threshold)}
+    pieces: dict[str, list[Tensor]] = {name: [] for name in (*units.values(), *thresholds.values())}
     random = torch.get_rng_state()
     buffers = {k: b.clone() for k, b in model.named_buffers()}
     held = {p: p.grad for p in model.parameters()}
@@ -211,7 +214,19 @@ def _run(
 
     notes = Notes()
 
+    seen = {threshold: WeakTensorKeyDictionary() for threshold in thresholds}
+
+    def noted(threshold: Any, inputs: Any, spikes: Tensor) -> None:
+        # a state handed from one piece of a sequence to the next may be asked by both
+        again = any(seen[threshold].get(v) == v._version for v in inputs)
+        if outputs or again:
+            return
+        seen[threshold].update({v: v._version for v in inputs})
+        # one that is called in several places gives several shapes
+        pieces[thresholds[threshold]].append(spikes.detach().flatten().clone())
+
     handles = [unit.register_forward_hook(lambda unit, inputs, output: notes.fired(unit, output[0])) for unit in units]
+    handles += [threshold.register_forward_hook(noted) for threshold in thresholds]
     try:
         for p in held:
             p.grad = None
@@ -246,7 +261,7 @@ def _same_outputs(a: _Step, b: _Step) -> bool:
 
 
 def _differing(a: _Step, b: _Step) -> dict[str, int]:
-    """Unit -> number of spikes that differ."""
+    """Unit or threshold -> number of spikes that differ."""
     counts = {}
     for name, wanted in b.spikes.items():
         got = a.spikes.get(name)

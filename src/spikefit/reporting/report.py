@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spikefit.errors import OptionError
+from spikefit.planning.energy import counts_analog_as_spikes
 from spikefit.reporting import figures
 from spikefit.reporting.page import Section, html_details, html_facts, html_table, render
 from spikefit.reporting.table import HEADER, bptt_row, caption, cells, conditions
@@ -181,10 +182,13 @@ def _energy_assumptions(rows: Sequence[Row]) -> str:
     assumptions = energy.get("assumptions") or []
     if energy.get("snn_pj") and energy.get("ann_pj"):
         snn, ann = energy["snn_pj"], energy["ann_pj"]
-        twin = (
-            f"In all {microjoules(snn)} µJ; the same network without spikes {microjoules(ann)} µJ ({ann / snn:.2f}x)."
-        )
-        assumptions = [twin, *assumptions]
+        told = f"In all {microjoules(snn)} µJ; the same network without spikes {microjoules(ann)} µJ ({ann / snn:.2f}x)"
+        if counts_analog_as_spikes(energy):
+            told += (
+                f"; with accumulates only behind the first layer {microjoules(energy['all_spiking_pj'])} µJ, at a "
+                f"firing rate of {percent(energy['all_spiking_rate'])} %"
+            )
+        assumptions = [f"{told}.", *assumptions]
     items = "".join(f"<li>{escape(str(line))}</li>" for line in assumptions)
     return f"<ul>{items}</ul>" if items else ""
 

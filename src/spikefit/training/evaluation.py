@@ -1,6 +1,6 @@
 """Evaluation and prediction with trained weights."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from spikefit.losses.losses import UNLABELLED, Loss
 from spikefit.models.network import plain_bptt
 from spikefit.neurons.lif import SpikingNeuron
 from spikefit.ops.dispatch import use_backend
+from spikefit.planning.counting import watched_firing
 from spikefit.planning.target import loss_of
 from spikefit.training.build import build_encoding, build_loss, build_model, derive_seed, load_split, make_fabric
 from spikefit.training.checkpoint import Checkpoint, fill_model, load_checkpoint
@@ -134,12 +135,13 @@ def measure(
             sums[3] += len(inputs)
     model.train(was_training)
     names = list(rates)
-    values = torch.stack([rates[n] for n in names]).cpu() if names else torch.zeros(0, 2)
+    values = torch.stack([rates[n].cpu() for n in names]) if names else torch.zeros(0, 2)
     if fabric.world_size > 1:
         sums = _summed(fabric, sums)
         values = _summed(fabric, values)
     samples, labels = int(sums[3]), max(1.0, float(sums[2]))
-    per_layer = {name: float(v[0]) / max(1.0, float(v[1])) for name, v in zip(names, values, strict=True)}
+    # what no process called has no rate
+    per_layer = {_layer_of(model, n): float(v[0] / v[1]) for n, v in zip(names, values, strict=True) if v[1]}
     return {
         "accuracy": float(sums[1]) / labels,
         "loss": float(sums[0]) / labels,
@@ -156,32 +158,15 @@ def time_first(targets: Tensor) -> Tensor:
 
 @contextmanager
 def _spike_rates(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Collect layer -> [sum over samples and steps of the mean spike rate, their number], while the block runs."""
-    rates: dict[str, Tensor] = {}
-    handles = []
+    """`watched_firing` of `model` under plain BPTT."""
+    # the forward does not depend on the strategy, but units that pack do not call their neurons
+    with watched_firing(model) as fired, plain_bptt(model):
+        yield fired
 
-    def collect(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            spikes = output[0]
-            # a stage that shares a membrane calls its neurons step by step
-            count = spikes.shape[0] * spikes.shape[1]
-            rate = spikes.mean(dtype=torch.float32).double()
-            rates[name] = rates[name].to(rate.device) + torch.stack([rate * count, torch.full_like(rate, count)])
 
-        return hook
-
-    for name, module in model.named_modules():
-        if isinstance(module, SpikingNeuron):
-            layer = name.removesuffix(".neuron")
-            rates[layer] = torch.zeros(2, dtype=torch.float64)
-            handles.append(module.register_forward_hook(collect(layer)))
-    try:
-        # the forward does not depend on the strategy, but units that pack do not call their neurons
-        with plain_bptt(model):
-            yield rates
-    finally:
-        for handle in handles:
-            handle.remove()
+def _layer_of(model: nn.Module, path: str) -> str:
+    """How the layer of what fires is called: a unit stands for its neuron, a threshold for itself."""
+    return path.removesuffix(".neuron") if isinstance(model.get_submodule(path), SpikingNeuron) else path
 
 
 def _summed(fabric: Fabric, values: Tensor) -> Tensor:
