@@ -80,7 +80,7 @@ def check_streams(chain: list[Any]) -> None:
         raise StrategyError(
             "strategy reversible: the network has neither blocks of two streams (TwoStreams) nor steps coupled in time "
             "(CoupledSteps) to run backwards; use a model such as revsresnet21, revsformer_2_384 or trevsnn_mini, or "
-            "strategy='lean' or 'checkpoint', which run any network."
+            "strategy='checkpoint', which runs any network, or 'lean' for units."
         )
     for i, block in found:
         check_grid(f"blocks.{i}", block)

@@ -110,6 +110,9 @@ class CoupledSteps(nn.Module):
         self.fusion, self.state_grid = fusion, state_grid
         self.fire = Threshold()
 
+    # for counts of operations: the twin without spikes has these weights in every step too
+    weights_per_step = True
+
     @property
     def timesteps(self) -> int:
         """T; every step has sub-networks of its own."""
