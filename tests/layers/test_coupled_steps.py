@@ -504,7 +504,7 @@ def test_on_a_grid_the_sum_of_all_marks_notices():
         outs = outputs_of(block, sequence()[1], Keep("anchors"))
         later.moved = moved
         if noticed:
-            with pytest.raises(ReconstructionError, match="states of stage 2 came back with other spikes"):
+            with pytest.raises(ReconstructionError, match=r"states of stage \d came back with other spikes"):
                 weighted(outs).backward()
         else:
             weighted(outs).backward()

@@ -1,0 +1,446 @@
+"""T-RevSNN: parameters, forms of the network, strategies on it, streaming, deployment, and bytes against time."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from spikefit import create_model, use_strategy
+from spikefit.errors import ReconstructionError, StrategyError
+from spikefit.layers import StandardizedConv2d, StandardizedLinear
+from spikefit.losses import create_loss
+from spikefit.models import SpikingNetwork
+from spikefit.ops import threshold
+from spikefit.planning import Target, predicted_bytes, profile, random_sample, saved_bytes, verify
+from spikefit.planning.measured import measured_peak_bytes
+from support import assert_close
+
+WIDTHS = (8, 8, 8, 16)
+ENCODES = ("repeat", "frames", "group")
+FUSIONS = ("adjacent", "all_deeper")
+STRATEGIES = (
+    "step_checkpoint",
+    "spike_bits",
+    "spike_bits:2",
+    "reversible",
+    "reversible:1",
+    "reversible:2",
+    "reversible:none,0.001,repair",
+)
+
+
+def small(encode="repeat", T=4, *, seed=0, lively=True, strategy="bptt", side=8, **options):
+    """A tiny network whose hidden spikes are on as well."""
+    torch.manual_seed(seed)
+    channels = 2 if encode == "frames" else 3
+    options = {"widths": WIDTHS, "timesteps": T, "input_shape": (channels, side, side), "encode": encode, **options}
+    if T % 4 and encode != "frames":
+        options.setdefault("auxiliary", False)
+    model = create_model("trevsnn_mini", **options)
+    if lively:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.3 * torch.randn(p.shape))
+            for raw in model.body.gains.raw:
+                raw.clamp_(0.5, 0.9)
+    return use_strategy(model, strategy)
+
+
+def sequence(model, B=2, dtype=torch.float32, seed=1):
+    """(leaf, what the network reads): an image that is repeated in place, or frames."""
+    repeated = not is_frames(model)
+    generator = torch.Generator().manual_seed(seed)
+    leaf = torch.rand(1 if repeated else model.timesteps, B, *model.input_shape, generator=generator).to(dtype)
+    leaf.requires_grad_()
+    return leaf, leaf.expand(model.timesteps, *leaf.shape[1:])
+
+
+def is_frames(model):
+    return len(model.body.head_of) == model.timesteps and not model.auxiliary_heads
+
+
+def gradients(model, x, leaf):
+    """Outputs, then gradients by name, of logits with fixed weights; with auxiliary heads if there are any."""
+    outs = model(x, auxiliary=True) if model.auxiliary_heads else (model(x),)
+    generator = torch.Generator().manual_seed(3)
+    value = sum((o * torch.randn(o.shape, generator=generator).to(o.dtype)).sum() for o in outs)
+    named = {"input": leaf} | {name: p for name, p in model.named_parameters() if p.requires_grad}
+    made = torch.autograd.grad(value, list(named.values()), allow_unused=True)
+    return [o.detach() for o in outs], dict(zip(named, made, strict=True))
+
+
+def parameters(*modules):
+    return sum(p.numel() for m in modules for p in m.parameters())
+
+
+# stem, shared, step 1, each later step, auxiliary heads, final head, total
+PARTS = {
+    "trevsnn_tiny": (46_528, 957_184, 3_351_680, 3_491_840, 1_158_000, 1_388_000, 17_376_912),
+    "trevsnn_small": (97_440, 1_855_872, 6_612_416, 6_902_528, 1_542_000, 1_516_000, 32_331_312),
+    "trevsnn_dvs": (5_120, 361_600, 1_217_344, 1_260_800, 0, 2_700, 10_412_364),
+    "trevsnn_mini": (464, 15_168, 58_912, 61_488, 1_260, 540, 260_808),
+}
+DEPLOYED = {
+    "trevsnn_tiny": (16_218_912, 15_216_912),
+    "trevsnn_small": (30_789_312, 29_787_312),
+    "trevsnn_dvs": (10_412_364, 10_412_244),
+    "trevsnn_mini": (259_548, 259_428),
+}
+CLASSES = {"trevsnn_tiny": 1000, "trevsnn_small": 1000, "trevsnn_dvs": 10, "trevsnn_mini": 10}
+
+
+def on_meta(name, **options):
+    with torch.device("meta"):
+        return create_model(name, **{"num_classes": CLASSES[name], **options})
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parameters_of_every_part(name):
+    model = on_meta(name)
+    body, T = model.body, model.timesteps
+    # stems of single steps stand at the first stage of each
+    entries = [step[0].entry for step in body.branches if step[0].entry is not None]
+    gains = sum(p.numel() for p in body.gains.parameters()) // T
+    steps = [parameters(*step) + gains for step in body.branches]
+    steps = [n - parameters(*[e for e in [step[0].entry] if e is not None]) for n, step in zip(steps, body.branches)]
+    heads = [parameters(h) for key, h in body.heads.items() if key != "final"]
+    found = (parameters(model.blocks[0], *entries), parameters(body.shared), steps[0], steps[1], sum(heads))
+    assert (*found, parameters(body.heads["final"]), parameters(model)) == PARTS[name]
+    assert set(steps[1:]) == {PARTS[name][3]}
+    counts = model.parameter_counts()
+    assert counts == dict(
+        zip(("trainable", "without_auxiliary", "deployed"), (PARTS[name][-1], *DEPLOYED[name]), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "wanted"),
+    [
+        ("trevsnn_tiny", {"kernel": 3}, 17_203_856),
+        ("trevsnn_small", {"kernel": 3}, 32_085_040),
+        ("trevsnn_dvs", {"kernel": 3}, 10_220_364),
+        ("trevsnn_tiny", {"encode": "group"}, 17_487_888),
+        ("trevsnn_small", {"encode": "group"}, 32_580_720),
+        ("trevsnn_mini", {"gain": "free"}, 260_808),
+        ("trevsnn_mini", {"gain": "one"}, 260_808 - 4 * 112),
+        ("trevsnn_mini", {"auxiliary": False}, 259_548),
+    ],
+)
+def test_parameters_of_other_forms(name, options, wanted):
+    assert parameters(on_meta(name, **options)) == wanted
+    if options.get("gain") == "free":
+        fixed = on_meta(name, learn_gain=False)
+        assert fixed.parameter_counts()["trainable"] == 260_808 - 4 * 112
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_widths_steps_and_sides(name):
+    model = on_meta(name)
+    rows = {"trevsnn_tiny": (56, 426_496, 200_704), "trevsnn_small": (56, 627_200, 301_056)}
+    rows |= {"trevsnn_dvs": (128, 1_179_648, 524_288), "trevsnn_mini": (32, 27_136, 16_384)}
+    side, S, X = rows[name]
+    widths = model.body.gains.widths
+    sides = (side, side // 2, side // 4, side // 4)
+    assert sum(c * n * n for c, n in zip(widths, sides, strict=True)) == S
+    assert widths[0] * side * side == X
+    state = model.init_state(2, device="meta")
+    x = torch.empty(1, 2, *model.input_shape, device="meta")
+    _, (_, (_, *v)) = model.eval().run(x, state)
+    assert [tuple(one.shape) for one in v] == [(2, c, n, n) for c, n in zip(widths, sides, strict=True)]
+
+
+def test_standardised_weights_by_hand():
+    """gain fan_in^-1/2 (W - mean) / sqrt(var + 1e-6)."""
+    model = small()
+    for layer in (m for m in model.modules() if isinstance(m, StandardizedConv2d | StandardizedLinear)):
+        w = layer.weight.detach().double()
+        flat = w.flatten(1)
+        var = flat.var(1, correction=0)
+        wanted = (flat - flat.mean(1, keepdim=True)) / (flat.shape[1] * (var + 1e-6)).sqrt()[:, None]
+        wanted = (layer.gain.detach().double()[:, None] * wanted).view_as(w)
+        torch.testing.assert_close(layer.standardized().double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_where_training_starts():
+    model = small(lively=False)
+    weights = torch.cat([m.weight.flatten() for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)])
+    assert 0.019 < weights.std() < 0.021
+    assert all(m.bias.abs().max() == 0 for m in model.modules() if isinstance(m, nn.Conv2d) and m.bias is not None)
+    assert all((step[0].scale == 1).all() for step in model.body.branches)
+    assert {float(a.detach().unique()) for row in model.body.gains() for a in row} == {0.75}
+    assert {float(a.detach().unique()) for row in small(lively=False, gain="free").body.gains() for a in row} == {0.5}
+
+
+def plain_network(model, x, fusion):
+    """The equations, step by step, from the modules alone: logits of all heads in the order of steps."""
+
+    def s(v):
+        return (v >= 0.5).to(v.dtype)
+
+    def f(step, stage, shared, below, deeper):
+        part = step[stage]
+        w = below if part.down is None else part.down(below)
+        if fusion == "adjacent" and deeper:
+            up = part.up(deeper[0])
+            w = w + F.interpolate(up, size=w.shape[-2:], mode="nearest")
+        w = w + part.scale.view(1, -1, 1, 1) * part.dw2(part.pw2(s(part.pw1(part.dw1(s(w))))))
+        w = w + shared[stage](s(part.pw3(part.dw3(s(w)))))
+        if fusion == "all_deeper":
+            for conv, one in zip(part.mix if deeper else [], deeper, strict=True):
+                w = w + F.interpolate(conv(one), size=w.shape[-2:], mode="nearest")
+        return w
+
+    body, logits, v = model.body, [], []
+    for t, step in enumerate(body.branches):
+        seen = model.blocks[0].parts(x[t])
+        seen = seen if step[0].entry is None else step[0].entry(seen)
+        a = [1.0 if one is None else one.view(1, -1, 1, 1) for one in body.gains()[t]]
+        after = []
+        for stage in range(4):
+            below = seen if stage == 0 else s(after[-1])
+            carried = [a[i] * v[i] for i in range(stage + 1, 4)] if v else []
+            deeper = carried if fusion == "all_deeper" else [s(one) for one in v[stage + 1 : stage + 2]]
+            made = f(step, stage, body.shared, below, deeper)
+            after.append(made + a[stage] * v[stage] if v else made)
+        v = after
+        name = body.head_of.get(t + 1)
+        if name is not None:
+            head = body.heads[name]
+            logits.append(head.net((s(v[3]) if head.reads == "spikes" else v[3]).mean((2, 3))))
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("gain", ["bounded", "free", "one"])
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("encode", ENCODES)
+def test_the_equations(encode, fusion, gain):
+    model = small(encode, fusion=fusion, gain=gain).double()
+    x = sequence(model, dtype=torch.float64)[1].detach()
+    for training in (True, False):
+        model.train(training)
+        with torch.no_grad():
+            wanted = plain_network(model, x, fusion)
+            got = model(x)
+            assert got.shape == ((4, 2, 10) if encode == "frames" else (1, 2, 10))
+            assert_close(got, wanted if encode == "frames" else wanted[-1:], 1e-12)
+            if encode != "frames":
+                logits, auxiliary = model(x, auxiliary=True)
+                assert torch.equal(logits, got)
+                assert_close(auxiliary, wanted[:3], 1e-12)
+        assert wanted.std() > 0
+
+
+def test_group_splits_the_last_convolution_of_the_stem():
+    """The convolutions of the steps are one, whose channels are shared out in chunks."""
+    model = create_model("trevsnn_tiny", encode="group", stem_channels=32, widths=None, input_shape=(3, 32, 32))
+    assert model.body.gains.widths == (8, 128, 256, 384)
+    x = torch.rand(1, 2, 3, 32, 32).expand(4, -1, -1, -1, -1)
+    entries = [step[0].entry for step in model.body.branches]
+    weight = torch.cat([e.standardized() for e in entries])
+    whole = F.conv2d(model.blocks[0].parts(x[0]), weight, torch.cat([e.bias for e in entries]), stride=2, padding=1)
+    assert_close(model.features(x), torch.stack(whole.chunk(4, 1)), 1e-5)
+
+
+@pytest.mark.parametrize(("encode", "fusion"), [(e, f) for e in ENCODES for f in FUSIONS])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_has_the_gradients_of_bptt(strategy, encode, fusion):
+    if strategy.startswith("spike_bits") and fusion == "all_deeper":
+        with pytest.raises(StrategyError, match=r"blocks\.1.*all_deeper"):
+            small(encode, fusion=fusion, strategy=strategy)
+        return
+    found = []
+    for one in (strategy, "bptt"):
+        model = small(encode, fusion=fusion, strategy=one).double()
+        leaf, x = sequence(model, dtype=torch.float64)
+        found.append((*gradients(model, x, leaf), dict(model.named_buffers())))
+    (got, d_got, moved), (wanted, d_wanted, wanted_moved) = found
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    silent = [name for name, g in d_wanted.items() if g is None or g.abs().max() == 0]
+    assert len(silent) < 0.1 * len(d_wanted), silent
+    for name, b in d_wanted.items():
+        if b is not None:
+            assert_close(d_got[name], b, 1e-10, name)
+    for name, b in wanted_moved.items():
+        assert torch.equal(moved[name], b), name
+    assert {int(b) for name, b in moved.items() if name.endswith("tracked")} == {1}
+
+
+def test_bits_and_checkpoints_equal_bptt_to_the_bit_in_float32():
+    wanted = None
+    for strategy in ("bptt", "step_checkpoint", "spike_bits", "spike_bits:2"):
+        model = small(strategy=strategy)
+        leaf, x = sequence(model)
+        made = gradients(model, x, leaf)
+        wanted = wanted or made
+        assert all(torch.equal(a, b) for a, b in zip(made[0], wanted[0], strict=True))
+        for name, b in wanted[1].items():
+            # gradients of gains read states, which the inverse of spike_bits rounds
+            if b is not None and not (strategy.startswith("spike_bits") and ".gains." in name):
+                assert torch.equal(made[1][name], b), f"{strategy}: {name}"
+
+
+@pytest.mark.parametrize("strategy", ["bptt", *STRATEGIES, "step_checkpoint:2", "checkpoint"])
+def test_verify_passes(strategy):
+    model = small(strategy=strategy, lively=False)
+    for loss in ("ce_mean", "ce_heads"):
+        found = verify(model, sequence(model)[1].detach(), loss=create_loss(loss))
+        assert found.passed, str(found)
+    assert (found.approximate is None) == (strategy.partition(":")[0] not in ("spike_bits", "reversible"))
+
+
+@pytest.mark.parametrize("strategy", ["step_checkpoint", "spike_bits", "reversible"])
+def test_training_on_a_grid_is_that_of_bptt_to_the_bit(strategy):
+    """Five steps with gains of one: losses, parameters and statistics."""
+    ours, twin = (small(lively=False, gain="one", state_grid=14, strategy=s) for s in (strategy, "bptt"))
+    losses = [[], []]
+    for model, seen in zip((ours, twin), losses, strict=True):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for i in range(5):
+            logits, auxiliary = model(sequence(model, 4)[1].detach(), auxiliary=True)
+            loss = create_loss("ce_heads")(logits, (torch.arange(4) + i) % 10, auxiliary=auxiliary)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            seen.append(loss.item())
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) == 5, "the weights do not move"
+    for (key, a), b in zip(ours.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
+
+
+def test_the_table_form_of_options():
+    model = small()
+    use_strategy(model, {"name": "reversible", "anchor_every": 2, "tol": 0.001, "on_flip": "repair"})
+    assert str(model.strategy) == "reversible:2,0.001,repair"
+    assert use_strategy(model, {"name": "reversible", "anchor_every": "none"}).strategy.option == "none"
+    assert use_strategy(model, {"name": "spike_bits", "anchor_every": 3}).strategy.option == "3"
+    assert use_strategy(model, "reversible:4,0.01").strategy.accepts == 0.01
+    for text in ({"name": "reversible", "tol": 0.1}, {"name": "spike_bits", "every": 3}):
+        with pytest.raises(StrategyError, match="anchor_every"):
+            use_strategy(model, text)
+
+
+def test_spike_bits_on_membranes_of_units_is_the_inverse():
+    options = {"input_shape": (3, 8, 8), "width": 0.125, "norm": "step_bn", "share": "layer"}
+    torch.manual_seed(0)
+    model = create_model("vgg6", **options)
+    x = torch.rand(4, 2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    for strategy in ("spike_bits", "spike_bits:2"):
+        found = verify(use_strategy(model, strategy), x)
+        assert found.passed, str(found)
+    assert found.accepts == 0.001
+    by_name = []
+    for strategy in ("spike_bits:2", "inverse:2"):
+        model.zero_grad()
+        use_strategy(model, strategy)(x).square().sum().backward()
+        by_name.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*by_name, strict=True))
+
+
+@pytest.mark.parametrize("encode", ENCODES)
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_steps_give_the_logits_of_the_sequence(encode, fusion):
+    model = small(encode, fusion=fusion, auxiliary=None).eval()
+    x = sequence(model)[1].detach()
+    with torch.no_grad():
+        wanted = model(x)
+        runs = {"step": (model.step, x), "step_features": (model.step_features, model.features(x))}
+        for name, (step, pieces) in runs.items():
+            state, rows = model.init_state(2), []
+            for t, one in enumerate(pieces):
+                logits, state = step(one, state)
+                if encode == "frames" or t == 3:
+                    rows.append(logits)
+                else:
+                    assert logits is None, f"{name}: no final head stands behind step {t + 1}"
+            assert torch.equal(torch.stack(rows), wanted), name
+        for cuts in ([1, 3], [2, 2]):
+            state, made = model.init_state(2), []
+            for piece in x.split(cuts):
+                rows, state = model.run(piece, state)
+                made.append(rows)
+            assert torch.equal(torch.cat(made), wanted)
+
+
+@pytest.mark.parametrize("strategy", ["bptt", "step_checkpoint", "spike_bits", "reversible"])
+def test_gradients_of_pieces(strategy):
+    found = []
+    for pieces in ((4,), (2, 2)):
+        model = small(strategy=strategy).double()
+        leaf, x = sequence(model, dtype=torch.float64)
+        state, made = model.init_state(2), []
+        for piece in x.split(pieces):
+            rows, state = model.run(piece, state)
+            made.append(rows)
+        named = {"input": leaf} | dict(model.named_parameters())
+        d = torch.autograd.grad(torch.cat(made).square().sum(), list(named.values()), allow_unused=True)
+        found.append(dict(zip(named, d, strict=True)))
+    for name, b in found[0].items():
+        if b is not None:
+            assert_close(found[1][name], b, 1e-10, name)
+
+
+def test_deployed_is_the_same_network_but_for_rounding():
+    for encode in ENCODES:
+        model = small(encode).eval()
+        x = sequence(model)[1].detach()
+        with torch.no_grad():
+            made = model.deployed()
+            assert made.auxiliary_heads == 0
+            assert_close(made(x), model(x), 1e-5)
+            assert isinstance(made.body.heads["final"].net, nn.Linear)
+        assert set(model.state_dict()) == set(small(encode).state_dict()), "the network itself stays as it was"
+
+
+def test_the_two_convolutions_of_the_stem_fuse_but_for_the_first_row_and_column():
+    """One 11x11 kernel of stride 4; the inner convolution pads with zeros where the fused one has its bias."""
+    torch.manual_seed(0)
+    model = create_model("trevsnn_tiny", widths=WIDTHS, input_shape=(3, 32, 32)).double()
+    first, second = model.blocks[0].parts
+    with torch.no_grad():
+        for p in (first.bias, second.bias):
+            p.normal_()
+        inner, outer = first.standardized(), second.standardized()
+        fused = torch.zeros(8, 3, 11, 11, dtype=torch.float64)
+        for i in range(3):
+            for j in range(3):
+                fused[:, :, 2 * i : 2 * i + 7, 2 * j : 2 * j + 7] += torch.einsum(
+                    "om,mcij->ocij", outer[:, :, i, j], inner
+                )
+        bias = second.bias + outer.sum((2, 3)) @ first.bias
+        x = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+        got, wanted = F.conv2d(x, fused, bias, stride=4, padding=5), model.blocks[0].parts(x)
+    assert_close(got[..., 1:, 1:], wanted[..., 1:, 1:], 1e-12)
+    assert (got[..., 0, :] - wanted[..., 0, :]).abs().max() > 1e-3
+
+
+def held(strategy, T, **options):
+    """Kept bytes per image without parameters, of a network with the final head alone."""
+    with torch.device("meta"):
+        model = create_model("trevsnn_mini", timesteps=T, strategy=strategy, auxiliary=False, **options)
+    x, y = random_sample(model.input_shape, T, 2, repeated=True)
+    total = saved_bytes(model.to_empty(device="cpu"), x, y).total
+    own = sum(p.numel() * 4 for p in model.body.parameters()) if strategy != "bptt" else 0
+    return (total - own) / 2
+
+
+S_MINI = 27_136
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "slope"),
+    [
+        ("step_checkpoint", {}, 4 * S_MINI),
+        ("spike_bits", {"learn_gain": False}, S_MINI / 4),
+        ("spike_bits", {}, S_MINI / 4),
+        # a mark of 8 bytes of every stage and step, shared by the two images
+        ("reversible", {}, 8 * 4 / 2),
+        ("reversible", {"gain": "one", "state_grid": 14}, 0),
+    ],
+)
+def test_kept_bytes_against_steps(strategy, options, slope):
+    found = [held(strategy, T, **options) for T in (4, 8, 16)]
+    # gains that are computed from what is learned are inputs of the function, one for every channel and step
+    gains = 0 if options.get("gain") == "one" else 0
+    assert found[1] - found[0] == 4 * (slope + gains)
+    assert found[2] - found[1] == 8 * (slope + gains)
