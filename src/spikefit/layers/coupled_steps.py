@@ -131,7 +131,7 @@ class CoupledSteps(nn.Module):
             (logits of the heads met on the way [heads, B, K], state behind the last step).
 
         Raises:
-            ShapeError: more steps than are left.
+            ShapeError: more steps than are left, or sub-networks in half precision.
             StateError: a state of another block or batch.
             RangeError: with a grid, a state that has left the range in which sums are exact.
         """
@@ -210,6 +210,12 @@ class CoupledSteps(nn.Module):
 
     def entered(self, x: Tensor, state: tuple[Any, ...] | None) -> tuple[int, Tensors]:
         """(steps that have run, states behind the last of them)."""
+        half = next((p.dtype for p in self.parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
+        if half is not None:
+            raise ShapeError(
+                f"CoupledSteps: its sub-networks are in {half}, and states are float32, as an inverse would multiply "
+                "the rounding of half precision; keep the model in float32 and use torch.autocast."
+            )
         step, v = self._read_state(x, state)
         if not 1 <= x.shape[0] <= self.timesteps - step:
             raise ShapeError(
