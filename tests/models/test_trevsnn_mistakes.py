@@ -101,8 +101,10 @@ def test_groups_of_frames(encode):
     refused(OptionError, lambda: create_model("trevsnn_mini", encode=encode, stem_channels=64), *words)
 
 
-@pytest.mark.parametrize("strategy", ["reversible", "spike_bits", "reversible:1"])
-@pytest.mark.parametrize("value", [0.0, 9e-4, -9e-4, math.nan])
+@pytest.mark.parametrize(
+    ("strategy", "value"),
+    [("reversible", 0.0), ("spike_bits", 9e-4), ("reversible:1", -9e-4), ("reversible", math.nan)],
+)
 def test_gains_too_small_to_divide_by_come_with_a_checkpoint(strategy, value):
     model = use_strategy(small(gain="free"), strategy)
     state = model.state_dict()
