@@ -165,7 +165,7 @@ STRATEGIES: dict[str, StrategyKind] = {
         reversible.check_option,
         check_chain=reversible.check_chain,
         accepts=reversible.accepted_error,
-        rounds=time.has_coupled,
+        rounds=time.rounds,
     ),
     "streamlined": StrategyKind(
         "invert it, for two-group nodes: keep outputs and every K-th state, inverse and gradient in one pass; that of "

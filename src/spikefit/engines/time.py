@@ -94,6 +94,11 @@ def has_coupled(chain: list[Any]) -> bool:
     return any(isinstance(block, CoupledSteps) for block in chain)
 
 
+def rounds(chain: list[Any]) -> bool:
+    """Whether steps coupled in time come back with rounding, as their states are on no grid."""
+    return any(isinstance(block, CoupledSteps) and block.state_grid is None for block in chain)
+
+
 def read_keep(name: str, option: str | None) -> Keep:
     """What `spike_bits` or `reversible` in time keep: "4", "4,0.01" or "none,0.01", "4,0.001,repair".
 

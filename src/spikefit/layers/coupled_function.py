@@ -228,7 +228,9 @@ class _Backward:
     def _complete(self, t: int, stage: int, v: Sequence[MaybeTensor]) -> MaybeTensor:
         """dL/dv of a stage: by the carry and heads, and by its spikes."""
         q = self.spiked[stage]
-        return self.carry[stage] if q is None else _sum(self.carry[stage], q * self._code(t, stage, v, 1))
+        if q is None:
+            return self.carry[stage]
+        return _sum(self.carry[stage], torch.where(self._code(t, stage, v, 1), q, 0.0))
 
     def _spikes(self, t: int, stage: int, v: Sequence[MaybeTensor]) -> Tensor:
         """s_l[t], as forward had it."""

@@ -160,8 +160,8 @@ def _widths(name: str, widths: Any, usual: bool, encode: str, stem_channels: int
         return channels
     if encode != "group":
         raise OptionError(
-            f"{name}: stem_channels are split into groups with encode='group' only, got encode={encode!r}; leave it "
-            "out, and give widths."
+            f"{name}: stem_channels={stem_channels} are split over the T = {T} steps with encode='group' only, got "
+            f"encode={encode!r}; leave it out, and give widths."
         )
     check_count(name, "stem_channels", stem_channels)
     if stem_channels % T:
@@ -256,8 +256,8 @@ class TRevSNN(SpikingNetwork):
         """
         rows, after = super().run(x, state)
         names = [self.body.head_of.get(t) for t in range(state[1][0] + 1, after[1][0] + 1)]
-        final = [name == "final" for name in names if name is not None]
-        return rows[torch.tensor(final, dtype=torch.bool, device=rows.device)], after
+        # the final head stands behind all others
+        return rows[len(rows) - names.count("final") :], after
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor | None, State]:  # type: ignore[override]
         """One time step: what the network sees at this step [B, C, H, W], and state -> (logits, state).
@@ -506,10 +506,10 @@ def _depthwise(channels: int, kernel: int) -> nn.Conv2d:
 
 
 def _initialise(network: nn.Module) -> None:
-    """Weights normal(0, 0.02) cut at 2, biases 0."""
+    """Weights normal(0, 0.02), biases 0."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            with torch.no_grad():
-                nn.init.normal_(module.weight, std=0.02).clamp_(-2, 2)
+            # the release cuts at 2, a hundred standard deviations, and looks at values, which shapes do not have
+            nn.init.normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

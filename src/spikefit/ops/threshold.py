@@ -39,4 +39,5 @@ class _Fire(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         (v,) = ctx.saved_tensors
-        return g * window(v)
+        # a product with bools would make a copy of them in the dtype of g
+        return torch.where(window(v), g, 0.0)

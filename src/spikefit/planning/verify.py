@@ -151,9 +151,8 @@ def verify(
             )
         got = _run(model, *options, plain=False, backend=backend)
     dtype = torch.bfloat16 if autocast else next(iter(oracle.gradients.values())).dtype
-    approximate = [
-        m.strategy for m in model.modules() if isinstance(m, SpikingNetwork) and not m.strategy.exact_on(m.chain)
-    ]
+    networks = [m for m in model.modules() if isinstance(m, SpikingNetwork)]
+    approximate = [m.strategy for m in networks if not m.strategy.exact_on(m.chain)]
     accepts = max((strategy.accepts for strategy in approximate), default=0.0)
     allowed = max(TOLERANCE.get(dtype, 1e-5), accepts) if tolerance is None else tolerance
     noise, _ = _error(again, oracle)
