@@ -180,6 +180,7 @@ def drift(record: dict[str, Any], save: Callable[[], None], *, lengths: tuple[in
                 if not any(who.items() <= row.items() for row in plain):
                     plain += [who | row for row in plain_run(seed, lively, a, lengths)]
                     save()
+    for seed in seeds:
         for gain in (0.5, 0.75, None):
             for T in lengths:
                 who = {"seed": seed, "a": "one, grid" if gain is None else gain}
