@@ -139,7 +139,7 @@ def energy(folder: str | None, weights: str | None, *, quick: bool) -> dict[str,
         DataError: no data.
     """
     data = load_dataset("cifar10", folder, "test", mean=MEAN, std=STD)
-    x = data.batch(range(32 if quick else 200))[0]
+    x = data.batch(range(32 if quick else 64))[0]
     rows = []
     nets = [("initial", False, T) for T in STEPS] + [("lively", True, T) for T in STEPS]
     made = [(k, T, with_statistics(network(T, lively=v), repeat(x, timesteps=T))) for k, v, T in nets]

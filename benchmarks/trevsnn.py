@@ -94,7 +94,7 @@ def loss(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return create_loss("ce_mean")(net(x), torch.arange(x.shape[1]) % 10)
 
 
-def per_image(count: Callable[[int], float], batches: tuple[int, int] = (2, 4)) -> float:
+def per_image(count: Callable[[int], float], batches: tuple[int, int] = (1, 2)) -> float:
     """Growth of `count` with the batch: what does not depend on it, such as standardised weights, drops out."""
     small, large = batches
     return (count(large) - count(small)) / (large - small)
