@@ -2,8 +2,9 @@
 
 Plain: forward keeps v[T], and backward makes v[t-1] = (v[t] - F) / a with spikes of the states it made itself. A run is
 destroyed if any spike or window bit of any state comes back otherwise. Beside it the same with true spikes as arguments
-of F, where such a bit is of a state alone and no gradient reads it. Ours: `spike_bits` and `reversible` with the largest distance of anchors that their guard accepts; a run is
-destroyed if a weight gradient is off bptt by more than `LIMIT`.
+of F, where no gradient of a weight would read such a bit, and the error alone counts. Ours: `spike_bits` and
+`reversible` with the largest distance of anchors that their guard accepts; a run is destroyed if a weight gradient is
+off bptt by more than `LIMIT`.
 """
 
 from collections.abc import Callable, Iterator
@@ -191,9 +192,7 @@ def drift(record: dict[str, Any], save: Callable[[], None], *, lengths: tuple[in
 
 def print_drift(record: dict[str, Any]) -> None:
     """One line per weights, gain and T: destroyed of all runs, and errors."""
-    print(
-        "  walk back from the last state: destroyed of runs (of these off by > 0.1 at t = 1; median, largest error there)"
-    )
+    print("  walk back from the last state: destroyed of runs (off by > 0.1 at t = 1; median, largest error there)")
     for (lively, a, T), rows in _grouped(record["plain"], ("lively", "a", "T")).items():
         text = f"    {'lively ' if lively else 'initial'} a = {a:<4} T = {T:<3}"
         for kind in ("remade", "stored"):

@@ -262,7 +262,10 @@ def main() -> int:
     parts = record["parts"]
 
     def done(part: str, found: dict[str, Any]) -> None:
-        ran = {k: v for k, v in describe("trevsnn").items() if k in ("date", "command", "commit", "threads")}
+        ran = {k: v for k, v in describe("trevsnn").items() if k in ("date", "commit", "threads")}
+        # folders are of one machine
+        ran["command"] = f"python benchmarks/trevsnn.py --parts {part} --threads {args.threads}"
+        ran["command"] += " --quick" if args.quick else ""
         parts[part] = found | {"ran": ran}
         save(record, args.out)
 
