@@ -30,6 +30,7 @@ BENCHMARKS = {
     "memory_step": True,
     "reversible_node": False,
     "reversible_depth": False,
+    "trevsnn": False,
 }
 
 
@@ -53,7 +54,7 @@ def table(records: list[dict]) -> str:
     """One line per ratio: benchmark, what over what, value, target; what could not be measured says why instead."""
     rows = [("benchmark", "ratio", "value", "target", "seconds of ours")]
     for r in records:
-        ours = f"{median(r['seconds']['ours']):.3f}" if "seconds" in r else ""
+        ours = f"{median(r['seconds']['ours']):.3f}" if "ours" in r.get("seconds", {}) else ""
         if not r["parity"]:
             rows.append((r["benchmark"], "parity is RED", "", "", ""))
         rows += [
