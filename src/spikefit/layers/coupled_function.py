@@ -31,9 +31,13 @@ from spikefit.layers.coupled_keep import (
     check_keep,
     mark,
     name_of,
+    output_mark,
+    place,
+    smallest_gain,
+    total_of,
     unpacked_codes,
 )
-from spikefit.layers.coupled_steps import CoupledSteps, Head, Tensors, broadcast, laid_out, pooled
+from spikefit.layers.coupled_steps import CoupledSteps, Head, Tensors, broadcast, laid_out, pooled, repeated_in_place
 from spikefit.layers.coupling import uncouple
 from spikefit.layers.recompute import Surroundings, foreign, replayed
 from spikefit.ops import threshold
@@ -52,7 +56,7 @@ def run_coupled(block: CoupledSteps, x: Tensor, state: tuple[Any, ...] | None = 
     if not torch.is_grad_enabled():
         return block(x, state)
     step, v = block.entered(x, state)
-    call = Call(block, keep, step, x.shape[0], x.shape[0] > 1 and x.stride(0) == 0, Places(block, step, x.shape[0]))
+    call = Call(block, keep, step, x.shape[0], repeated_in_place(x), Places(block, step, x.shape[0]))
     gains = block.gains()
     flat = [a for t in call.steps_with_gains for a in gains[t - 1]]
     # the gradient of a repeated sequence is added up in one tensor
@@ -68,15 +72,23 @@ class _Coupled(torch.autograd.Function):
         gains, learns = call.by_step(flat), any(call.parted(ctx.needs_input_grad[2:])[1])
         # bits give every argument of a branch; states are there for the gradients of gains alone
         inverts = call.keep.kind == "anchors" or (call.keep.kind == "bits" and learns)
-        recorder = Recorder(call, inverts)
+        recorder, divides = Recorder(call, inverts), inverts and not call.exact
+        smallest = smallest_gain(call, gains) if divides else 1.0
+        moved = [(b, b.clone()) for b in block.buffers()] if divides else []
         s, rows = [threshold.fire(one).to(x.dtype) for one in v], list[Tensor]()
         for t, x_t in enumerate(call.inputs(x), call.step + 1):
-            v, s = block.advance(t - 1, x_t, v, s, gains[t], recorder.running(t, x.device))
+            run = recorder.running(t)
+            v, s = block.advance(t - 1, x_t, v, s, gains[t], run)
             recorder.note(t, v)
-            row = block.read(t, v[-1], s[-1])
+            row = block.read(t, v[-1], s[-1], run)
             rows += [] if row is None else [row]
-        if inverts and not call.exact:
-            recorder.check_safe(gains)
+        try:
+            recorder.check_safe(smallest)
+        except StrategyError:
+            # a batch that is refused has moved no statistics
+            for buffer, before in moved:
+                buffer.copy_(before)
+            raise
         saved, ctx.spec = tree_flatten((recorder.kept(), x, tensors))
         ctx.save_for_backward(*saved)
         ctx.inverts, ctx.learns, ctx.shapes = inverts, learns, [one.shape for one in v]
@@ -87,8 +99,8 @@ class _Coupled(torch.autograd.Function):
     def backward(ctx, g, *q):
         if torch.is_grad_enabled():
             raise StrategyError(
-                f"{name_of(ctx.call.keep)}: states that backward makes again have no second derivative "
-                "(create_graph=True); use strategy='bptt'."
+                f"{name_of(ctx.call.keep)}: expected a first derivative, got create_graph=True; spikes with a window "
+                "for a slope have no second one."
             )
         if g is None and all(one is None for one in q):
             return (None,) * len(ctx.needs_input_grad)
@@ -113,7 +125,11 @@ class _Backward:
         # gradients of v_l[t] by the carry and by heads, and of its spikes
         self.carry: list[MaybeTensor] = list(q)
         self.spiked: list[MaybeTensor] = [None for _ in self.stages]
-        self.total = None if self.kept.marks is None else self.kept.marks[0]
+        self.total = self.kept.total
+        # (step, stage, whether a branch gave another output than in forward)
+        self.changed: list[tuple[int, int, Tensor]] = []
+        self.same_arguments = True
+        self.given: dict[int, Tensor] = {}
         self.d_x: dict[int, Tensor] = {}
         self.d_gains: dict[int, list[MaybeTensor]] = {}
         self.d_tensors: list[MaybeTensor] = [None for _ in self.tensors]
@@ -124,10 +140,12 @@ class _Backward:
         call = self.call
         v: list[MaybeTensor] = list(self.kept.states.get(call.last, [None for _ in self.stages]))
         for t in range(call.last, call.step, -1):
-            self._take_off(t, v)
             if t in self.block.head_of and self.d_rows:
                 self._through_head(t, v, self.d_rows.pop())
-            v = self._step(t, v)
+            before = self._step(t, v)
+            self._take_off(t, v)
+            v = before
+        self._check_outputs()
         self._check_total()
         start = [self._complete(call.step, stage, self.start) for stage in self.stages] if self.start else []
         gains = [d for t in call.steps_with_gains for d in self.d_gains.get(t, [None for _ in self.stages])]
@@ -135,13 +153,14 @@ class _Backward:
 
     def _step(self, t: int, v: list[MaybeTensor]) -> list[MaybeTensor]:
         """Go back through step `t`: v[t] -> v[t-1], None where it is not needed."""
-        first, gains = t == 1, self.gains[t]
-        known = list(self.start) if t - 1 == self.call.step else self.kept.states.get(t - 1)
+        first, analog = t == 1, self.block.fusion == "all_deeper"
+        known = self.start if t - 1 == self.call.step else self.kept.states.get(t - 1)
+        # an inverse gives analog arguments with rounding; all others come back to the bit
+        self.same_arguments = not analog or bool(known) or not self.inverts or self.call.exact
         before: list[MaybeTensor] = list(known) if known else [None for _ in self.stages]
-        analog = self.block.fusion == "all_deeper"
-        carried: list[MaybeTensor] = [None for _ in self.stages]
-        if known and analog:
-            carried = list(self.block.products(known, gains))
+        carried: list[Any] = (
+            self.block.products(known, self.gains[t]) if known and analog else [None for _ in self.stages]
+        )
         fired: list[MaybeTensor] = [None for _ in self.stages]
         to_carry: list[MaybeTensor] = [None for _ in self.stages]
         to_spikes: list[MaybeTensor] = [None for _ in self.stages]
@@ -157,11 +176,7 @@ class _Backward:
             if first:
                 continue
             if not known and self.inverts:
-                carried[stage] = uncouple(cast(Tensor, v[stage]), f, grid=self.block.state_grid)
-                before[stage] = self._undone(carried[stage], gains[stage])
-                if not self._same(t - 1, stage, before[stage]):
-                    known = self._run_again(t - 1, stage)
-                    before, carried = list(known), list(self.block.products(known, gains))
+                known = self._recovered(t, stage, cast(Tensor, v[stage]), f, before, carried)
             fired[stage] = self._spikes(t - 1, stage, before)
             to_carry[stage] = _sum(to_carry[stage], d)
             for i, one in enumerate(d_deeper, stage + 1):
@@ -171,6 +186,18 @@ class _Backward:
             self._hand_on(t, before, to_carry)
             self.spiked = to_spikes
         return before
+
+    def _recovered(
+        self, t: int, stage: int, v: Tensor, f: Tensor, before: list[MaybeTensor], carried: list[Any]
+    ) -> Tensors | None:
+        """Fill in P and v[t-1] of a stage by the inverse; all of v[t-1] if that went wrong and the steps ran again."""
+        carried[stage] = uncouple(v, f, grid=self.block.state_grid)
+        before[stage] = self._undone(carried[stage], self.gains[t][stage])
+        if self._same(t - 1, stage, before[stage]):
+            return None
+        known = self._run_again(t - 1, stage)
+        before[:], carried[:] = known, self.block.products(known, self.gains[t])
+        return known
 
     def _hand_on(self, t: int, before: list[MaybeTensor], d: list[MaybeTensor]) -> None:
         """From the gradients of P = a v[t-1] to those of a and of v[t-1]."""
@@ -193,6 +220,8 @@ class _Backward:
         tensors = {name: self.tensors[place] for name, place in places.items()}
         with torch.set_grad_enabled(d is not None), replayed(self.kept.draws.get((t, who)), self.device):
             f = functional_call(module, tensors, tuple(leaves))
+        if who != "head":
+            self._compare(t, who, f)
         if d is None or not f.requires_grad:
             return f.detach(), [None for _ in args]
         # a tensor may have two names
@@ -202,8 +231,8 @@ class _Backward:
         outside = foreign(f, wanted)
         if outside is not None:
             raise StrategyError(
-                f"{name_of(self.call.keep)}: {'the head' if who == 'head' else f'stage {who + 1}'} of step {t} depends "
-                f"on a tensor {tuple(outside.shape)} that needs a gradient and is no parameter of it, which would get "
+                f"{name_of(self.call.keep)}: {place(t, who)} depends on a tensor {tuple(outside.shape)} that needs a "
+                "gradient and is no parameter of it, which would get "
                 "none; register it as its parameter, or use strategy='bptt' or 'checkpoint'."
             )
         made = list(torch.autograd.grad(f, wanted, d.to(f.dtype), allow_unused=True))
@@ -252,13 +281,14 @@ class _Backward:
 
     def _same(self, t: int, stage: int, v: MaybeTensor) -> bool:
         """Whether spikes and window of v_l[t] are those of forward, as far as marks of single steps were kept."""
-        if self.kept.marks is None or self.call.exact or not has_values(cast(Tensor, v)):
+        if self.kept.marks is None or not has_values(cast(Tensor, v)):
             return True
         return bool(mark(cast(Tensor, v)) == self.kept.marks[t - 1 - self.call.step, stage])
 
     def _run_again(self, t: int, stage: int) -> Tensors:
         """v[t] by the steps from the kept state before it; ReconstructionError unless that is asked for."""
         call = self.call
+        self._check_outputs()
         if call.keep.on_flip != "repair":
             raise ReconstructionError(
                 f"reversible: spikes of stage {stage + 1} behind step {t} came back otherwise, so the gradient would "
@@ -267,6 +297,7 @@ class _Backward:
                 f"('reversible:{call.keep.anchor_every or 'none'},{call.keep.tolerance:g},repair'), keep the spikes "
                 "(strategy='spike_bits'), or make the way back exact (gain='one' with state_grid=14)."
             )
+        self.same_arguments = True
         below = max((k for k in self.kept.states if k < t), default=call.step)
         v: Tensors = list(self.kept.states.get(below, self.start))
         s = [threshold.fire(one).to(self.x[0].dtype) for one in v]
@@ -276,24 +307,45 @@ class _Backward:
                 return self._through(k, who, args, None)[0]
 
             v, s = self.block.advance(k - 1, self.x[k - 1 - call.step], v, s, self.gains[k], run)
+        wrong = [i for i in self.stages if not self._same(t, i, v[i])]
+        if wrong:
+            raise self._not_repeated(t, wrong[0])
         return v
 
+    def _compare(self, t: int, stage: int, f: Tensor) -> None:
+        """Note whether a branch gave what it gave in forward."""
+        if not has_values(f):
+            return
+        if self.total is not None:
+            self.given[stage] = output_mark(f)
+        elif self.same_arguments:
+            wanted = self.kept.outputs[t - 1 - self.call.step, stage]
+            self.changed.append((t, stage, output_mark(f) != wanted))
+
     def _take_off(self, t: int, v: Sequence[MaybeTensor]) -> None:
-        """Take the marks of v[t] off the sum of all, where the way back is exact; nothing is left in the end."""
-        if self.call.exact and self.total is not None:
-            self.total = self.total - torch.stack([mark(cast(Tensor, one)) for one in v]) * (2 * t + 1)
+        """Take what step `t` had added to the sum of all marks off it, where the way back is exact."""
+        if self.total is not None and self.given:
+            marks = torch.stack([mark(cast(Tensor, one)) for one in v])
+            self.total = self.total - total_of(t, marks, torch.stack([self.given[stage] for stage in self.stages]))
+
+    def _check_outputs(self) -> None:
+        """Raise ReconstructionError if a branch gave another output than in forward."""
+        if self.changed and bool(torch.stack([differs for _, _, differs in self.changed]).any()):
+            raise self._not_repeated(*next((t, stage) for t, stage, differs in self.changed if differs))
 
     def _check_total(self) -> None:
-        if not self.call.exact or self.total is None or not has_values(self.total):
-            return
-        wrong = self.total.nonzero().view(-1).tolist()
-        if wrong:
-            raise ReconstructionError(
-                f"reversible: states of stage {wrong[-1] + 1} came back with other spikes, so the gradient would be "
-                "wrong: a branch gave another output when backward ran it again. Draw random numbers from torch's "
-                "generators only, keep no state between calls, and on a GPU set torch.backends.cudnn.deterministic = "
-                "True; or use strategy='step_checkpoint'."
-            )
+        """The same where the way back is exact: nothing may be left of the sum of all marks."""
+        if self.total is not None and self.given and bool(self.total.any()):
+            raise self._not_repeated(None, int(self.total.nonzero()[0]))
+
+    def _not_repeated(self, t: int | None, stage: int) -> ReconstructionError:
+        where = f"stage {stage + 1}" if t is None else place(t, stage)
+        return ReconstructionError(
+            f"{name_of(self.call.keep)}: {where} gave another output when backward ran it again, so the gradient would "
+            "be wrong. Draw random numbers from torch's generators only, keep no state between calls (nor in buffers "
+            "that the output depends on, as spectral_norm does), call model.train() and model.eval() between steps "
+            "only, and on a GPU set torch.backends.cudnn.deterministic = True; or use strategy='bptt'."
+        )
 
     def _add_to_x(self, t: int, d: Tensor) -> None:
         place = 0 if self.call.once else t - 1 - self.call.step

@@ -8,7 +8,10 @@ An inverse multiplies the rounding of a state by 1 / |a| for every step that is 
 
     E(j) = 3 eps R (m^-j - 1) / (1 - m),    m = min |a|, R = max |v|;    3 eps R j for m = 1
 
-and a run whose bound exceeds the tolerance is refused.
+and a run whose bound exceeds the tolerance is refused. With fusion="all_deeper" the error of deeper states also passes
+the weights that mix them, which the bound leaves out: it holds while these weights are small.
+
+Checksums of what branches give tell whether they gave the same when backward ran them again.
 
 Source: Hu et al. 2024, arXiv:2405.16466 (inverse); bits, checksums and bound are ours.
 """
@@ -58,6 +61,22 @@ def check_keep(block: CoupledSteps, keep: Keep) -> None:
         raise StrategyError(
             "spike_bits: with fusion='all_deeper' the branches read analog states of the step before, which bits do "
             "not hold; use strategy='step_checkpoint' or 'reversible'."
+        )
+    given = keep.anchor_every is not None or keep.tolerance != TOLERANCE or keep.on_flip != "raise"
+    if keep.kind == "bits" and given and not any(p.requires_grad for p in block.gains.parameters()):
+        raise StrategyError(
+            "spike_bits: kept states and their error are for gradients of gains, and here gains learn nothing "
+            f"(gain={block.gains.kind!r}), got anchor_every={keep.anchor_every} and tol={keep.tolerance:g}; leave them "
+            "out, strategy='spike_bits'."
+        )
+    if (
+        keep.kind == "anchors"
+        and block.state_grid is not None
+        and (keep.tolerance, keep.on_flip) != (TOLERANCE, "raise")
+    ):
+        raise StrategyError(
+            f"reversible: with state_grid={block.state_grid} states come back to the bit, so there is no error to "
+            f"accept and nothing to repair, got tol={keep.tolerance:g} and on_flip={keep.on_flip!r}; leave them out."
         )
 
 
@@ -119,7 +138,7 @@ class Call(NamedTuple):
 
     def inputs(self, x: Tensor) -> Tensors:
         """x_t of every step."""
-        return [laid_out(x[0])] * self.length if self.once else [laid_out(one) for one in x.unbind()]
+        return [laid_out(one) for one in x.unbind()] * (self.length if self.once else 1)
 
     def parted(self, tensors: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
         """(states in front, gains step by step, tensors of branches and heads) of the inputs of the function."""
@@ -143,16 +162,20 @@ class Kept(NamedTuple):
     Attributes:
         states: v.
         codes: spike + 2 window, packed.
-        marks: checksums of the codes, [steps, stages]; of all steps together [1, stages] where the inverse is exact.
+        marks: checksums of the codes, [steps, stages], for states that an inverse gives back with rounding.
+        outputs: checksums of what the branches gave, [steps, stages].
+        total: in the place of both, their sum over time [stages], where the inverse is exact.
         pooled: what heads of the analog state have read.
-        draws: (step, stage) -> random generators before a branch that drew from them.
+        draws: (step, stage or "head") -> random generators before a branch or head that drew from them.
     """
 
     states: dict[int, Tensors]
     codes: dict[int, Tensors]
     marks: MaybeTensor
+    outputs: MaybeTensor
+    total: MaybeTensor
     pooled: dict[int, Tensor]
-    draws: dict[tuple[int, int], Tensors]
+    draws: dict[tuple[int, Any], Tensors]
 
 
 class Recorder:
@@ -163,18 +186,31 @@ class Recorder:
         self.states: dict[int, Tensors] = {}
         self.codes: dict[int, Tensors] = {}
         self.marks: Tensors = []
+        self.outputs: Tensors = []
+        self.total: MaybeTensor = None
         self.pooled: dict[int, Tensor] = {}
-        self.draws: dict[tuple[int, int], Tensors] = {}
+        self.draws: dict[tuple[int, Any], Tensors] = {}
         self.largest: MaybeTensor = None
 
-    def running(self, t: int, device: torch.device) -> Callable[..., Tensor]:
-        """Runs branches of step `t` and notes which of them draw random numbers."""
+    def running(self, t: int) -> Callable[..., Tensor]:
+        """Runs branches and the head of step `t`, and notes what backward has to know to run them again."""
+        block, given = self.call.block, list[Tensor]()
 
-        def run(stage: int, below: Tensor, *deeper: Tensor) -> Tensor:
-            generators = random_state(device)
-            made = self.call.block.branch(t - 1, stage)(below, *deeper)
-            if has_values(made) and drawn_since(generators, device):
-                self.draws[t, stage] = generators
+        def run(who: Any, *args: Tensor) -> Tensor:
+            module = block.heads[block.head_of[t]] if who == "head" else block.branch(t - 1, who)
+            versions, generators = [a._version for a in args], random_state(args[0].device)
+            made = module(*args)
+            if [a._version for a in args] != versions:
+                raise StrategyError(
+                    f"{name_of(self.call.keep)}: {place(t, who)} has changed its input in place, which backward reads "
+                    "again; give its first operation inplace=False, or use strategy='bptt'."
+                )
+            if has_values(made) and drawn_since(generators, made.device):
+                self.draws[t, who] = generators
+            if who != "head":
+                given.append(output_mark(made))
+                if len(given) == block.count:
+                    self.outputs.append(torch.stack(given))
             return made
 
         return run
@@ -187,7 +223,11 @@ class Recorder:
         if kind == "bits":
             self.codes[t] = [packed_codes(one) for one in v]
         if kind == "anchors":
-            self._mark(t, v)
+            self.marks.append(torch.stack([mark(one) for one in v]))
+        if kind == "anchors" and call.exact:
+            # a sum over time takes no memory in time, and an exact way back needs no name of a step
+            both = total_of(t, self.marks.pop(), self.outputs.pop())
+            self.total = both if self.total is None else self.total + both
         if self.inverts and not call.exact:
             peak = torch.stack([one.abs().amax() for one in v]).amax()
             self.largest = peak if self.largest is None else torch.maximum(self.largest, peak)
@@ -195,32 +235,23 @@ class Recorder:
         if name is not None and cast(Head, call.block.heads[name]).reads == "state":
             self.pooled[t] = pooled(v[-1])
 
-    def _mark(self, t: int, v: Tensors) -> None:
-        marks = torch.stack([mark(one) for one in v])
-        if not self.call.exact:
-            self.marks.append(marks)
-            return
-        # a sum over time takes no memory in time, and an exact way back needs no name of a step
-        marks = marks * (2 * t + 1)
-        self.marks = [self.marks[0] + marks] if self.marks else [marks]
-
     def kept(self) -> Kept:
-        marks = torch.stack(self.marks) if self.marks else None
-        return Kept(self.states, self.codes, marks, self.pooled, self.draws)
+        marks, outputs = (torch.stack(rows) if rows else None for rows in (self.marks, self.outputs))
+        return Kept(self.states, self.codes, marks, outputs, self.total, self.pooled, self.draws)
 
-    def check_safe(self, by_step: dict[int, list[MaybeTensor]]) -> None:
-        """Raise StrategyError if running the steps backwards could make states too wrong."""
+    def check_safe(self, smallest: float) -> None:
+        """Raise StrategyError if running the steps backwards, at gains from `smallest` on, could be too wrong."""
         if self.largest is None or not has_values(self.largest):
             return
         call, undone, tolerance = self.call, self.call.farthest, self.call.keep.tolerance
-        gains = {(t, stage): a for t, row in by_step.items() for stage, a in enumerate(row) if a is not None}
-        smallest = _checked_gains(call, gains) if gains else 1.0
+        # gains above 1 take rounding away; 1 bounds them
+        least = min(smallest, 1.0)
         largest, dtype = float(self.largest), self.largest.dtype
-        far = -undone * math.log(smallest) > 700
-        error = math.inf if far else ROUNDINGS * inverse_error(undone, smallest, largest, dtype)
+        far = -undone * math.log(least) > 700
+        error = math.inf if far else ROUNDINGS * inverse_error(undone, least, largest, dtype)
         # a NaN is no safe number either
         if undone > 0 and not error <= tolerance:
-            name, safe = name_of(call.keep), safe_anchor_every(smallest, ROUNDINGS * largest, dtype, tolerance)
+            name, safe = name_of(call.keep), safe_anchor_every(least, ROUNDINGS * largest, dtype, tolerance)
             other = "'spike_bits' with anchors" if call.keep.kind == "anchors" else "'step_checkpoint'"
             raise StrategyError(
                 f"{name}: with anchor_every={call.keep.anchor_every} up to {undone} steps are undone at |a| down to "
@@ -230,8 +261,11 @@ class Recorder:
             )
 
 
-def _checked_gains(call: Call, gains: dict[tuple[int, int], Tensor]) -> float:
+def smallest_gain(call: Call, by_step: dict[int, list[MaybeTensor]]) -> float:
     """The smallest |a|; StrategyError if it is too small to divide by, or no number."""
+    gains = {(t, stage): a for t, row in by_step.items() for stage, a in enumerate(row) if a is not None}
+    if not gains or not has_values(next(iter(gains.values()))):
+        return 1.0
     each = torch.stack([a.detach().abs().amin() for a in gains.values()])
     smallest, least = float(each.amin()), MINIMUM[call.block.gains.kind]
     if not smallest >= least:
@@ -249,21 +283,38 @@ def name_of(keep: Keep) -> str:
     return {"states": "step_checkpoint", "bits": "spike_bits", "anchors": "reversible"}[keep.kind]
 
 
+def place(t: int, who: Any) -> str:
+    """A branch or head, as messages call it."""
+    return f"the head behind step {t}" if who == "head" else f"stage {who + 1} of step {t}"
+
+
 def packed_codes(v: Tensor) -> Tensor:
     """Spike + 2 window of every value of a state, in 2 bits each: [rows, bytes] uint8."""
     codes = threshold.spikes(v).to(torch.uint8) + 2 * threshold.window(v).to(torch.uint8)
     flat = codes.movedim(1, -1).reshape(-1)
-    # rows that end on whole bytes where they can, and enough of them for all cores
+    # rows that end on whole bytes, and enough of them for all cores
+    flat = nn.functional.pad(flat, (0, -flat.numel() % 4))
     return pack(flat.view(-1, math.gcd(flat.numel(), 4096)), 2, check=False)
 
 
 def unpacked_codes(packed: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `packed_codes` for a state of `shape`, channels last."""
+    """The inverse of `packed_codes` for a state of `shape`, in the layout of states."""
     count = math.prod(shape)
-    codes = unpack(packed, math.gcd(count, 4096), 2, dtype=torch.uint8)
-    return codes.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+    codes = unpack(packed, math.gcd(count + -count % 4, 4096), 2, dtype=torch.uint8).view(-1)[:count]
+    return laid_out(codes.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1))
 
 
 def mark(v: Tensor) -> Tensor:
-    """64 bits by which spikes and window of a state are known again."""
+    """A number by which spikes and window of a state are known again, 64 bits."""
     return checksum(packed_codes(v).view(-1))
+
+
+def output_mark(f: Tensor) -> Tensor:
+    """A number by which the output of a branch is known again, 64 bits."""
+    whole = {8: torch.int64, 4: torch.int32, 2: torch.int16}[f.element_size()]
+    return checksum(f.detach().movedim(1, -1).reshape(-1).view(whole))
+
+
+def total_of(t: int, marks: Tensor, outputs: Tensor) -> Tensor:
+    """What step `t` adds to the sum of all marks; steps and kinds have factors of their own."""
+    return (marks + 3 * outputs) * (2 * t + 1)

@@ -49,10 +49,15 @@ class Head(nn.Module):
     Args:
         reads: "spikes" of the last stage, or its analog "state".
         net: module [B, C] -> [B, K].
+
+    Raises:
+        OptionError: another word for what it reads.
     """
 
     def __init__(self, reads: str, net: nn.Module) -> None:
         super().__init__()
+        if reads not in ("spikes", "state"):
+            raise OptionError(f"Head: reads must be 'spikes' or 'state', got {reads!r}.")
         self.reads, self.net = reads, net
 
     def forward(self, pooled: Tensor) -> Tensor:
@@ -79,7 +84,7 @@ class CoupledSteps(nn.Module):
         States are float32, or float64 for float64 input, outside autocast.
 
     Raises:
-        OptionError: unknown fusion, or a grid with other gains.
+        OptionError: unknown fusion, a grid with other gains, or parts that do not belong together.
     """
 
     def __init__(
@@ -97,7 +102,7 @@ class CoupledSteps(nn.Module):
         super().__init__()
         if fusion not in FUSIONS:
             raise OptionError(f"fusion: expected one of {', '.join(FUSIONS)}, got {fusion!r}.")
-        check_stream_grid("CoupledSteps", state_grid)
+        check_stream_grid("CoupledSteps", state_grid, "state_grid")
         if state_grid is not None and gains.kind != "one":
             raise OptionError(
                 f"CoupledSteps: state_grid={state_grid} makes the way back exact only where nothing is multiplied, and "
@@ -109,6 +114,7 @@ class CoupledSteps(nn.Module):
         self.head_of, self.classes = dict(head_of), classes
         self.fusion, self.state_grid = fusion, state_grid
         self.fire = Threshold()
+        self._check_parts()
 
     # for counts of operations: the twin without spikes has these weights in every step too
     weights_per_step = True
@@ -123,11 +129,34 @@ class CoupledSteps(nn.Module):
         """L, the number of stages."""
         return len(cast(nn.ModuleList, self.branches[0]))
 
+    def _check_parts(self) -> None:
+        """Raise OptionError unless stages, gains, shared modules and heads belong together."""
+        stages, T = {len(cast(nn.ModuleList, step)) for step in self.branches}, len(self.branches)
+        if len(stages) != 1 or 0 in stages:
+            raise OptionError(
+                f"CoupledSteps: expected branches as one list per step, with one module per stage, as many in every "
+                f"step, got {[len(cast(nn.ModuleList, step)) for step in self.branches]} modules."
+            )
+        gains = (self.gains.timesteps, len(self.gains.widths))
+        if gains != (T, self.count) or (self.shared is not None and len(self.shared) != self.count):
+            raise OptionError(
+                f"CoupledSteps: expected gains for {T} steps and {self.count} stages, and a shared module per stage or "
+                f"none, got gains for {gains[0]} steps and {gains[1]} stages and "
+                f"{0 if self.shared is None else len(self.shared)} shared modules."
+            )
+        wrong = {t: name for t, name in self.head_of.items() if not 1 <= t <= T or name not in self.heads}
+        if wrong:
+            raise OptionError(
+                f"CoupledSteps: head_of says which of the heads {', '.join(self.heads)} stands behind which of the "
+                f"steps 1 to {T}, got {wrong}."
+            )
+
     def forward(self, x: Tensor, state: tuple[Any, ...] | None = None) -> tuple[Tensor, tuple[Any, ...]]:
         """Run the steps of `x`, by plain autograd.
 
         Args:
-            x: [n, B, ...]; one that is repeated in place (stride 0) is looked at once.
+            x: [n, B, ...]; one that is repeated in place (stride 0) is looked at once, and its gradient is that of all
+                steps together.
             state: where an earlier call has stopped; None for the start.
 
         Returns:
@@ -186,16 +215,17 @@ class CoupledSteps(nn.Module):
                 )
             v = couple(carried, f, grid=self.state_grid)
         v = laid_out(v)
-        check_range(f"CoupledSteps stage {stage + 1}", v, self.state_grid)
+        check_range(f"CoupledSteps stage {stage + 1}", v, self.state_grid, "state_grid")
         return v
 
-    def read(self, step: int, v: Tensor, s: Tensor) -> Tensor | None:
-        """Logits [B, K] of the head behind step `step` (from 1), if there is one."""
+    def read(self, step: int, v: Tensor, s: Tensor, run: Any = None) -> Tensor | None:
+        """Logits [B, K] of the head behind step `step` (from 1), if there is one; `run("head", x)` stands for it."""
         name = self.head_of.get(step)
         if name is None:
             return None
         head = cast(Head, self.heads[name])
-        return head(pooled(s if head.reads == "spikes" else v).to(s.dtype))
+        seen = pooled(s if head.reads == "spikes" else v).to(s.dtype)
+        return head(seen) if run is None else run("head", seen)
 
     def branch(self, step: int, stage: int) -> Branch:
         """F of a stage in step number `step` (from 0)."""
@@ -204,8 +234,8 @@ class CoupledSteps(nn.Module):
 
     def inputs(self, x: Tensor) -> list[Tensor]:
         """x_t of every step; one tensor for all if the sequence is repeated in place."""
-        once = x.shape[0] > 1 and x.stride(0) == 0
-        return [laid_out(one) for one in x[:1].unbind()] * x.shape[0] if once else [laid_out(one) for one in x.unbind()]
+        once = repeated_in_place(x)
+        return [laid_out(one) for one in (x[:1] if once else x).unbind()] * (x.shape[0] if once else 1)
 
     def stacked(self, rows: Tensors, x: Tensor) -> Tensor:
         """Logits [heads, B, K], also of no head."""
@@ -213,6 +243,8 @@ class CoupledSteps(nn.Module):
 
     def entered(self, x: Tensor, state: tuple[Any, ...] | None) -> tuple[int, Tensors]:
         """(steps that have run, states behind the last of them)."""
+        if x.ndim < 2 or x.shape[1] == 0:
+            raise ShapeError(f"CoupledSteps: expected x as [T, B, ...] with at least one sample, got {tuple(x.shape)}.")
         step, v = self._read_state(x, state)
         if not 1 <= x.shape[0] <= self.timesteps - step:
             raise ShapeError(
@@ -257,6 +289,11 @@ class CoupledSteps(nn.Module):
 
     def extra_repr(self) -> str:
         return f"timesteps={self.timesteps}, stages={self.count}, fusion={self.fusion}, state_grid={self.state_grid}"
+
+
+def repeated_in_place(x: Tensor) -> bool:
+    """Whether a sequence shows one tensor at every step, as `encoding.repeat` makes it."""
+    return x.shape[0] > 1 and x.stride(0) == 0
 
 
 def broadcast(a: Tensor, v: Tensor) -> Tensor:

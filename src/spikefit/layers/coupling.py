@@ -22,13 +22,13 @@ from spikefit.ops.values import has_values
 COARSEST, FINEST = 4, 20
 
 
-def check_stream_grid(who: str, grid: int | None) -> None:
-    """Raise OptionError unless `grid` is None or a number of binary digits that streams can have."""
+def check_stream_grid(who: str, grid: int | None, option: str = "stream_grid") -> None:
+    """Raise OptionError unless `grid`, the value of `option`, is None or a number of digits that streams can have."""
     whole = isinstance(grid, int) and not isinstance(grid, bool)
     if grid is not None and not (whole and COARSEST <= grid <= FINEST):
         raise OptionError(
-            f"{who}: stream_grid is the number of binary digits of the streams behind the point, {COARSEST} to "
-            f"{FINEST}, or None for streams without a grid, got {grid!r}. The default is 14."
+            f"{who}: {option} is the number of binary digits behind the point, {COARSEST} to {FINEST}, such as 14, or "
+            f"None for none, got {grid!r}."
         )
 
 
@@ -55,16 +55,16 @@ def uncouple(y: Tensor, f: Tensor, *, grid: int | None = None, gain: Tensor | No
     return x if gain is None else x / gain
 
 
-def check_range(who: str, streams: Tensor, grid: int | None) -> None:
-    """Raise RangeError if a stream has left the range in which its grid is exact."""
+def check_range(who: str, streams: Tensor, grid: int | None, option: str = "stream_grid") -> None:
+    """Raise RangeError if a stream has left the range in which its grid, the value of `option`, is exact."""
     if grid is None or not has_values(streams):
         return
     limit, found = largest(grid, streams.dtype), float(streams.detach().abs().amax())
     if not found < limit:
-        coarser = "" if grid <= COARSEST else f" Use a coarser grid, such as stream_grid={max(COARSEST, grid - 4)}, or"
+        coarser = "" if grid <= COARSEST else f" Use a coarser grid, such as {option}={max(COARSEST, grid - 4)}, or"
         raise RangeError(
             f"{who}: a stream reached {found:.6g}, and on a grid of 2^-{grid} sums are exact below {limit:g} only."
-            f"{coarser or ' Use'} a smaller learning rate, or strategy='bptt' with stream_grid=None."
+            f"{coarser or ' Use'} a smaller learning rate, or strategy='bptt' with {option}=None."
         )
 
 

@@ -60,8 +60,9 @@ def tensors_read(module: nn.Module) -> dict[str, Tensor]:
     """What the results of `module` depend on: parameters, and running statistics where the norms use them."""
     named: dict[str, Tensor] = dict(module.named_parameters())
     for path, part in module.named_modules():
-        if isinstance(part, BatchNorm) and not part.training:
-            named |= {f"{path}.{key}": getattr(part, key) for key in ("running_mean", "running_var")}
+        if isinstance(part, BatchNorm | nn.modules.batchnorm._BatchNorm) and not part.training:
+            found = {key: getattr(part, key) for key in ("running_mean", "running_var")}
+            named |= {f"{path}.{key}": buffer for key, buffer in found.items() if buffer is not None}
     return named
 
 
