@@ -259,7 +259,7 @@ class _Backward:
         q = self.spiked[stage]
         if q is None:
             return self.carry[stage]
-        return _sum(self.carry[stage], torch.where(self._code(t, stage, v, 1), q, 0.0))
+        return _sum(self.carry[stage], threshold.within(self._code(t, stage, v, 1), q))
 
     def _spikes(self, t: int, stage: int, v: Sequence[MaybeTensor]) -> Tensor:
         """s_l[t], as forward had it."""

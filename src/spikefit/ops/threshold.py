@@ -39,5 +39,10 @@ class _Fire(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         (v,) = ctx.saved_tensors
-        # a product with bools would make a copy of them in the dtype of g
-        return torch.where(window(v), g, 0.0)
+        return within(window(v), g)
+
+
+def within(inside: Tensor, g: Tensor) -> Tensor:
+    """`g` where the window is open, 0 elsewhere."""
+    # a product with bools would make a copy that no prediction of memory sees, and torch.where takes twice the time
+    return inside.to(g.dtype).mul_(g)
