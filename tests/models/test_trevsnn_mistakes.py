@@ -259,3 +259,16 @@ def test_auxiliary_logits_that_are_not_there():
     deployed = small().deployed()
     refused(OptionError, lambda: deployed(x, auxiliary=True), "no auxiliary heads")
     refused(OptionError, deployed.deployed, "it is deployed")
+
+
+def test_an_image_where_features_are_expected():
+    model = small()
+    refused(
+        ShapeError,
+        lambda: model.step_features(torch.rand(2, 3, 8, 8), model.init_state(2)),
+        "features",
+        "(2, 3, 8, 8)",
+        "step",
+    )
+    image = torch.rand(1, 2, 3, 8, 8).expand(3, -1, -1, -1, -1)
+    refused(ShapeError, lambda: model.features(image), "T = 3", "timesteps=4")

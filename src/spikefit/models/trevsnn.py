@@ -271,9 +271,19 @@ class TRevSNN(SpikingNetwork):
         return torch.stack([self._first(t).entered(one) for t, one in enumerate(seen)])
 
     def step_features(self, feature: Tensor, state: State) -> tuple[Tensor | None, State]:
-        """As `step`, from what `features` gave for this step, so that the stem of an image runs once."""
+        """As `step`, from what `features` gave for this step, so that the stem of an image runs once.
+
+        Raises:
+            StateError: a state of another network or batch.
+            ShapeError: no features [B, C_1, H', W'], or all steps have run.
+        """
         self._check_state(state)
         body = self.body
+        if feature.ndim != 4 or feature.shape[1] != body.gains.widths[0]:
+            raise ShapeError(
+                f"{type(self).__name__}: expected what features gave for one step, [B, {body.gains.widths[0]}, H, W], "
+                f"got {tuple(feature.shape)}; step takes images and frames."
+            )
         t, v = body.entered(feature.unsqueeze(0), state[1])
         stages = cast(Any, body.branches[t])
 
