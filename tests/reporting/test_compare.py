@@ -159,10 +159,10 @@ def test_a_wrong_gradient_shows(monkeypatch):
 def test_the_first_batch_is_that_of_training():
     base = load_recipe(TINY)
     batch = FirstBatch(base)
-    first = batch.loss(batch.model(base)(batch.x), batch.y).item()
-    losses = []
-    from spikefit.training import train
+    from spikefit.training import build_loss, train
 
+    first = build_loss(base)(batch.model(base)(batch.x), batch.y).item()
+    losses = []
     train(base.override({"epochs": 1}), on_progress=lambda e: losses.append(e.loss) if e.kind == "step" else None)
     assert losses[0] == first
     again = FirstBatch(base)
