@@ -39,7 +39,7 @@ from spikefit.layers.coupled_keep import (
 )
 from spikefit.layers.coupled_steps import CoupledSteps, Head, Tensors, broadcast, laid_out, pooled, repeated_in_place
 from spikefit.layers.coupling import uncouple
-from spikefit.layers.recompute import Surroundings, foreign, replayed
+from spikefit.layers.recompute import TO_REPEAT, Surroundings, check_owned, replayed
 from spikefit.ops import threshold
 from spikefit.ops.values import has_values
 
@@ -50,7 +50,8 @@ def run_coupled(block: CoupledSteps, x: Tensor, state: tuple[Any, ...] | None = 
     Raises:
         StrategyError: bits of a block whose branches read analog states, a gain too small to divide by, or an inverse
             whose error could exceed the tolerance; with the largest safe anchor_every.
-        ReconstructionError: in backward, if spikes come back otherwise; stage and step are named.
+        ReconstructionError: in backward, if spikes come back otherwise or a branch gives another output; stage and step
+            are named.
     """
     check_keep(block, keep)
     if not torch.is_grad_enabled():
@@ -75,7 +76,7 @@ class _Coupled(torch.autograd.Function):
         recorder, divides = Recorder(call, inverts), inverts and not call.exact
         smallest = smallest_gain(call, gains) if divides else 1.0
         moved = [(b, b.clone()) for b in block.buffers()] if divides else []
-        s, rows = [threshold.fire(one).to(x.dtype) for one in v], list[Tensor]()
+        s, rows = block.fired(v, x), list[Tensor]()
         for t, x_t in enumerate(call.inputs(x), call.step + 1):
             run = recorder.running(t)
             v, s = block.advance(t - 1, x_t, v, s, gains[t], run)
@@ -228,13 +229,7 @@ class _Backward:
         learned = [i for i in dict.fromkeys(places.values()) if self.tensors[i].requires_grad]
         inputs = [leaf for leaf in leaves if leaf.requires_grad]
         wanted = inputs + [self.tensors[i] for i in learned]
-        outside = foreign(f, wanted)
-        if outside is not None:
-            raise StrategyError(
-                f"{name_of(self.call.keep)}: {place(t, who)} depends on a tensor {tuple(outside.shape)} that needs a "
-                "gradient and is no parameter of it, which would get "
-                "none; register it as its parameter, or use strategy='bptt' or 'checkpoint'."
-            )
+        check_owned(f"{name_of(self.call.keep)}: {place(t, who)}", f, wanted)
         made = list(torch.autograd.grad(f, wanted, d.to(f.dtype), allow_unused=True))
         for i, one in zip(learned, made[len(inputs) :], strict=True):
             self.d_tensors[i] = _sum(self.d_tensors[i], one)
@@ -300,7 +295,7 @@ class _Backward:
         self.same_arguments = True
         below = max((k for k in self.kept.states if k < t), default=call.step)
         v: Tensors = list(self.kept.states.get(below, self.start))
-        s = [threshold.fire(one).to(self.x[0].dtype) for one in v]
+        s = self.block.fired(v, self.x[0])
         for k in range(below + 1, t + 1):
 
             def run(who: int, *args: Tensor, k: int = k) -> Tensor:
@@ -342,9 +337,7 @@ class _Backward:
         where = f"stage {stage + 1}" if t is None else place(t, stage)
         return ReconstructionError(
             f"{name_of(self.call.keep)}: {where} gave another output when backward ran it again, so the gradient would "
-            "be wrong. Draw random numbers from torch's generators only, keep no state between calls (nor in buffers "
-            "that the output depends on, as spectral_norm does), call model.train() and model.eval() between steps "
-            "only, and on a GPU set torch.backends.cudnn.deterministic = True; or use strategy='bptt'."
+            f"be wrong. {TO_REPEAT}"
         )
 
     def _add_to_x(self, t: int, d: Tensor) -> None:

@@ -169,7 +169,7 @@ class CoupledSteps(nn.Module):
         """
         step, v = self.entered(x, state)
         gains, rows = self.gains(), list[Tensor]()
-        s = [self.fire(one).to(x.dtype) for one in v]
+        s = self.fired(v, x)
         for x_t in self.inputs(x):
             v, s = self.advance(step, x_t, v, s, gains[step])
             step += 1
@@ -190,8 +190,12 @@ class CoupledSteps(nn.Module):
             deeper = self.deeper(stage, s, carried)
             made = self.branch(step, stage)(below, *deeper) if run is None else run(stage, below, *deeper)
             after.append(self.joined(stage, made, carried[stage] if carried else None))
-            fired.append(self.fire(after[-1]).to(x_t.dtype))
+            fired += self.fired(after[-1:], x_t)
         return after, fired
+
+    def fired(self, v: Tensors, x: Tensor) -> Tensors:
+        """Spikes of states, in the dtype of what the branches read, which is that of the input `x`."""
+        return [self.fire(one).to(x.dtype) for one in v]
 
     def products(self, v: Tensors, gains: list[Tensor | None]) -> Tensors:
         """P of every stage; empty in front of the first step."""

@@ -7,8 +7,16 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from spikefit.errors import StrategyError
 from spikefit.layers.norm import BatchNorm, frozen_statistics
 from spikefit.ops.dispatch import Backend, resolve, use_backend
+
+# What a module has to do so that backward can run it again, at the end of a message.
+TO_REPEAT = (
+    "Draw random numbers from torch's generators only, keep no state between calls (nor in buffers that the output "
+    "depends on, as spectral_norm does), call model.train() and model.eval() between steps only, and on a GPU set "
+    "torch.backends.cudnn.deterministic = True; or use strategy='bptt'."
+)
 
 
 class Surroundings(NamedTuple):
@@ -79,6 +87,16 @@ def foreign(f: Tensor, inputs: list[Tensor]) -> Tensor | None:
             return variable
         todo += [following for following, _ in node.next_functions]
     return None
+
+
+def check_owned(who: str, f: Tensor, inputs: list[Tensor]) -> None:
+    """Raise StrategyError if `f`, which `who` gave, needs a gradient for a tensor that is not among `inputs`."""
+    outside = foreign(f, inputs)
+    if outside is not None:
+        raise StrategyError(
+            f"{who} depends on a tensor {tuple(outside.shape)} that needs a gradient and is no parameter of it, which "
+            "would get none; register it as its parameter, or use strategy='bptt' or 'checkpoint'."
+        )
 
 
 def random_state(device: torch.device) -> list[Tensor]:

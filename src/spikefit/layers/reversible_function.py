@@ -18,7 +18,15 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from spikefit.errors import ReconstructionError, StrategyError
 from spikefit.layers.chain import State, entries
-from spikefit.layers.recompute import Surroundings, drawn_since, foreign, random_state, replayed, tensors_read
+from spikefit.layers.recompute import (
+    TO_REPEAT,
+    Surroundings,
+    check_owned,
+    drawn_since,
+    random_state,
+    replayed,
+    tensors_read,
+)
 from spikefit.layers.two_streams import TwoStreams, halves
 from spikefit.ops.checksum import checksum
 from spikefit.ops.values import has_values
@@ -175,13 +183,7 @@ class _Backward:
         outs = [(out, one) for out, one in outs if one is not None and out.requires_grad]
         wanted = [x, *states, *tensors.values()]
         inputs = [t for t in wanted if isinstance(t, Tensor) and t.requires_grad]
-        outside = foreign(f, inputs)
-        if outside is not None:
-            raise StrategyError(
-                f"reversible: {'FG'[i % 2]} of block {i // 2} depends on a tensor {tuple(outside.shape)} that needs a "
-                "gradient and is no parameter of it, which would get none; register it as its parameter, or use "
-                "strategy='bptt' or 'checkpoint'."
-            )
+        check_owned(f"reversible: {'FG'[i % 2]} of block {i // 2}", f, inputs)
         found: dict[int, Tensor | None] = {}
         if outs:
             made = torch.autograd.grad([o for o, _ in outs], inputs, [one for _, one in outs], allow_unused=True)
@@ -199,10 +201,7 @@ class _Backward:
             raise ReconstructionError(
                 f"reversible: the streams in front of block {block} came back with other bits, so the gradient would "
                 "be wrong: a sub-network of that block gave another output when backward ran it again, or its output "
-                "was changed. Draw random numbers from torch's generators only, keep no state between calls (nor in "
-                "buffers that the output depends on, as spectral_norm does), call model.train() and model.eval() "
-                "between steps only, and on a GPU set torch.backends.cudnn.deterministic = True; or use "
-                "strategy='bptt'."
+                f"was changed. {TO_REPEAT}"
             )
 
 

@@ -290,7 +290,7 @@ class TRevSNN(SpikingNetwork):
         def run(stage: int, below: Tensor, *deeper: Tensor) -> Tensor:
             return stages[stage].behind(cast(Any, body.shared)[stage], below, *deeper)
 
-        fired = [body.fire(one) for one in v]
+        fired = body.fired(v, feature)
         v, fired = body.advance(t, body.inputs(feature.unsqueeze(0))[0], v, fired, body.gains()[t], run)
         final = body.head_of.get(t + 1) == "final"
         return body.read(t + 1, v[-1], fired[-1]) if final else None, (state[0], (t + 1, *v))
