@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from spikefit.engines import membranes
-from spikefit.engines.depth import modules_of, names_of, repeated, run_plain
+from spikefit.engines.depth import modules_of, names_of, run_plain
 from spikefit.errors import StrategyError, named
 from spikefit.layers.chain import State, run_blocks
 from spikefit.layers.coupled_function import run_coupled
 from spikefit.layers.coupled_keep import Keep, check_keep
 from spikefit.layers.coupled_steps import CoupledSteps
 from spikefit.layers.rebuild import TOLERANCE, Rebuild
+from spikefit.layers.repeat import repeated
 
 
 def run_step_checkpointed(chain: list[Any], x: Tensor, state: State, option: str | None) -> tuple[Tensor, State]:
@@ -34,7 +35,7 @@ def run_step_checkpointed(chain: list[Any], x: Tensor, state: State, option: str
     steps, outs = 1 if option is None else int(option), []
     leaves, spec = tree_flatten(state)
     for t in range(0, x.shape[0], steps):
-        out, spec, *leaves = repeated(chain, _piece, chain, spec, x[t : t + steps], *leaves)
+        out, spec, *leaves = repeated(modules_of(chain), _piece, chain, spec, x[t : t + steps], *leaves)
         outs.append(out)
     return torch.cat(outs), tree_unflatten(leaves, spec)
 
