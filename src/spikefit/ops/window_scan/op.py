@@ -1,0 +1,117 @@
+"""The one door to the scan of windows: it checks, chooses a backend, and registers the kernels with autograd."""
+
+import torch
+from torch import Tensor
+
+from spikefit.errors import OptionError, ShapeError, StateError
+from spikefit.ops import dispatch
+from spikefit.ops.dtype import compute_dtype
+from spikefit.ops.lif.op import DTYPES
+from spikefit.ops.lif.reference import Scalar
+from spikefit.ops.surrogate import Surrogate, rect
+from spikefit.ops.window_scan import reference
+from spikefit.ops.window_scan.equation import Equation
+from spikefit.ops.window_scan.fusion import check_phi, check_threshold, reads
+from spikefit.ops.window_scan.links import Links
+
+
+def window_scan(
+    x: Tensor,
+    given: Tensor | None = None,
+    *,
+    links: Links,
+    fuse: str = "omega",
+    phi: Scalar = 0.5,
+    leak: float = 0.4,
+    v_threshold: Scalar = 0.5,
+    reset: str = "none",
+    strict: bool = True,
+    surrogate: Surrogate | str = rect(1),  # noqa: B008 (an immutable value)
+    backend: dispatch.Backend = "auto",
+    want_membranes: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Run the neurons of P windows of one image, which start from each other's membranes or from given ones.
+
+        u_p = leak fuse(A_p, C_p) + x_p                                charge
+        s_p = 1 if u_p > v_threshold else 0                            fire (u_p >= v_threshold unless `strict`)
+        m_p = u_p,  u_p - v_threshold s_p  or  u_p (1 - s_p)           handed on: reset "none", "soft", "hard"
+
+    A_p and C_p are zeros, given tensors or membranes m of earlier windows, as `links` says. No gradient flows through
+    the s inside a reset. Between forward and backward the kernels keep `x` and `given` and rebuild the rest; the
+    reference keeps what autograd keeps.
+
+    Args:
+        x: input current, [P, B, ...], windows first, in the unit of `v_threshold`; float32, float64, float16 or
+            bfloat16.
+        given: membranes from elsewhere, one per window, shape of `x`; float32, or float64 for float64 input. None if
+            no window reads one.
+        links: the sources of each of the P windows, for example `in_turn(P)`; see `spikefit.ops.window_scan.links`.
+        fuse: "omega" (2 sin(phi pi A/2) cos(phi pi C/2)), "a" (A alone), "c", "sum", "mean", "relu", "tanh", "sigmoid"
+            (these three of A + C), "none" (nothing is carried), "omega_release" (a parenthesis closed elsewhere).
+        phi: projection constant, 0 < phi < 1. Number or 0-d tensor.
+        leak: share of the fused membrane that is kept, 0 <= leak <= 1.
+        v_threshold: firing level, > 0. Number or 0-d tensor.
+        reset: what happens to the membrane of a neuron that fired, before it is handed on.
+        strict: fire on u > v_threshold instead of u >= v_threshold.
+        surrogate: slope of the step, a `Surrogate` or its text, "rect(1)".
+        backend: "auto", "reference", "numba" (CPU) or "triton" (CUDA). Only the reference runs learned (tensor) phi and
+            v_threshold, float64, and the fusions "tanh", "sigmoid" and "omega_release".
+        want_membranes: False to return None in the place of the membranes, and spare their memory.
+
+    Returns:
+        (spikes, membranes): spikes in {0, 1}, [P, B, ...] with dtype of `x`, and m of every window, [P, B, ...],
+        float32 (float64 for float64 input). Arithmetic is float32 or float64 inside, whatever `x` is.
+
+    Raises:
+        ShapeError: no window or batch axis, another number of windows than `links` has, or an integer input.
+        StateError: `given` of another shape, dtype or device than `x` asks for.
+        OptionError: an option outside its range, or `given` missing or superfluous.
+        BackendError: the backend asked for cannot run this call.
+
+    Source: Yao, Wu, Chen, Zhang, ACML 2023, PMLR 222, pp. 1558-1573.
+    """
+    equation = Equation.make(links=links, fuse=fuse, leak=leak, reset=reset, strict=strict, surrogate=surrogate)
+    check_phi("window_scan", phi)
+    check_threshold("window_scan", v_threshold)
+    _check_input(x, links)
+    given = _checked_given(x, given, equation)
+    dispatch.choose(backend, triton="no kernel yet.", numba="no kernel yet.")
+    spikes, membranes = reference.window_scan(x, given, phi=phi, v_threshold=v_threshold, equation=equation)
+    return spikes, membranes if want_membranes else None
+
+
+def _check_input(x: Tensor, links: Links) -> None:
+    if x.dtype not in DTYPES:
+        raise ShapeError(f"window_scan: expected a floating point current, got {x.dtype}; call x.float() first.")
+    if x.ndim < 2:
+        raise ShapeError(
+            f"window_scan: expected x as [P, B, ...], got {tuple(x.shape)}. Windows come first, then the batch: "
+            "torch.stack(windows) of [B, ...]."
+        )
+    if x.shape[0] != len(links):
+        raise ShapeError(
+            f"window_scan: links has {len(links)} windows, x of shape {tuple(x.shape)} has {x.shape[0]}; make the "
+            "links for as many windows as x has."
+        )
+
+
+def _checked_given(x: Tensor, given: Tensor | None, equation: Equation) -> Tensor | None:
+    """`given` if a window reads it, else None."""
+    a, c = reads(equation.fuse)
+    needed = equation.links.reads_given(a=a, c=c)
+    if given is None:
+        if needed:
+            raise OptionError(
+                f"window_scan: these links read given membranes, fuse={equation.fuse!r} uses them, and given is None; "
+                f"pass given of shape {tuple(x.shape)}, or links that read none, such as in_turn({x.shape[0]})."
+            )
+        return None
+    if not equation.links.reads_given():
+        raise OptionError("window_scan: given was passed, but no window of these links reads it; leave it out.")
+    compute = compute_dtype(x.dtype)
+    if given.shape != x.shape or given.dtype != compute or given.device != x.device:
+        raise StateError(
+            f"window_scan: expected given {tuple(x.shape)} {compute} on {x.device}, got {tuple(given.shape)} "
+            f"{given.dtype} on {given.device}. Pass the membranes of this batch, one per window of x."
+        )
+    return given if needed else None
