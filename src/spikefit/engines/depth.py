@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from spikefit.errors import StrategyError
-from spikefit.layers import SpikingUnit
 from spikefit.layers.chain import State, run_blocks
+from spikefit.layers.keeping import Keeping
 from spikefit.layers.repeat import repeated
 from spikefit.layers.shared import SharedStage
+from spikefit.layers.window_block import Stream, WindowSpike
 
 KEEP_OPTIONS = ("auto", "input", "spikes")
 # Multiply-accumulates per value of z up to which "auto" runs a weight again instead of keeping z: a first layer of
@@ -21,8 +22,8 @@ CHEAP_MACS = 100
 
 
 def run_plain(
-    blocks: list[Any], x: Tensor, state: State, option: str | None = None, first: int = 0
-) -> tuple[Tensor, State]:
+    blocks: list[Any], x: Any, state: State, option: str | None = None, first: int = 0
+) -> tuple[Any, State]:
     """Run blocks, and stages of them, one after the other, each by itself; see `spikefit.layers.chain.run_blocks`.
 
     `first` is the number of the first block in its network, for messages.
@@ -59,9 +60,18 @@ def run_checkpointed(blocks: list[Any], x: Tensor, state: State, option: str | N
     after: list[Any] = []
     for i in range(0, len(blocks), length):
         run, first = slice(i, i + length), sum(map(_count, blocks[:i]))
-        x, s = repeated(modules_of(blocks[run]), run_plain, blocks[run], x, state[run], None, first)
+        # tensors inside a tuple would be held without being seen by those who count what is saved
+        parts = x if isinstance(x, Stream) else (x, None)
+        x, s = repeated(modules_of(blocks[run]), _run_parts, blocks[run], state[run], first, *parts)
         after.extend(s)
     return x, tuple(after)
+
+
+def _run_parts(
+    blocks: list[Any], state: State, first: int, x: Tensor, memory: Tensor | None
+) -> tuple[Tensor, State]:
+    """`run_plain` of a sequence and the membranes that may come with it."""
+    return run_plain(blocks, x if memory is None else Stream(x, memory), state, None, first)
 
 
 def modules_of(blocks: list[Any]) -> list[nn.Module]:
@@ -85,11 +95,14 @@ def check_keep(option: str | None) -> None:
         )
 
 
-def keep_of(unit: SpikingUnit, option: str | None) -> str:
+def keep_of(unit: Keeping, option: str | None) -> str:
     """What `unit` keeps under lean:option.
 
-    "auto" recomputes where that is cheap: where a value of z costs few multiplications.
+    "auto" recomputes where that is cheap: where a value of z costs few multiplications. Blocks of windows keep bits and
+    the stream between them.
     """
+    if isinstance(unit, WindowSpike):
+        return "spikes"
     if option in ("input", "spikes"):
         return option
     return "spikes" if unit.synapse.weight[0].numel() <= CHEAP_MACS else "input"

@@ -11,6 +11,7 @@ from spikefit.layers import ResidualBlock, SpikingUnit
 from spikefit.layers.chain import State, run_blocks
 from spikefit.layers.rebuild import TOLERANCE, Rebuild, neuron_of
 from spikefit.layers.shared import SharedStage
+from spikefit.layers.window_block import WindowSpike
 
 
 def stages_of(chain: list[Any]) -> list[Any]:
@@ -92,9 +93,17 @@ def check_rebuilt(chain: list[Any], rebuild: Rebuild) -> None:
         stage.check(rebuild)
 
 
-def check_lean(chain: list[Any]) -> None:
+def check_lean(chain: list[Any], option: str | None = None) -> None:
     """Raise StrategyError unless there is a unit to be lean, and no membrane is shared, which it cannot rebuild."""
-    if not any(isinstance(m, SpikingUnit) for block in modules_of(chain) for m in block.modules()):
+    modules = [m for block in modules_of(chain) for m in block.modules()]
+    windows = [m for m in modules if isinstance(m, WindowSpike) and m.coding != "analog"]
+    if windows and option not in (None, "auto", "spikes"):
+        raise StrategyError(
+            f"strategy lean: blocks of windows keep bits of their spikes and the stream between them, which is "
+            f"lean:spikes, and nothing else can be chosen, got option {option!r}; use lean, or checkpoint, which keeps "
+            "the streams of every few blocks alone."
+        )
+    if not windows and not any(isinstance(m, SpikingUnit) for m in modules):
         raise StrategyError(
             "strategy lean: the network has no unit (SpikingConv2d and its like) that could keep bits of spikes, so "
             "nothing would change; use strategy='checkpoint', which runs blocks of any kind again, or "

@@ -12,6 +12,7 @@ from torch import nn
 
 from spikefit.errors import PlanError
 from spikefit.layers import KEEPS, SpikingUnit
+from spikefit.layers.keeping import Keeping
 
 SCHEMA = 1
 
@@ -96,7 +97,7 @@ class Plan:
     def remove(self, model: nn.Module) -> nn.Module:
         """Back to plain BPTT, in place."""
         for module in model.modules():
-            if isinstance(module, SpikingUnit):
+            if isinstance(module, Keeping):
                 module.keep = "all"
         return model
 

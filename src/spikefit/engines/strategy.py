@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from spikefit.engines import depth, membranes, node, reversible, time
 from spikefit.engines.plan import Plan
 from spikefit.errors import StrategyError
-from spikefit.layers import SpikingUnit
+from spikefit.layers.keeping import Keeping
 from spikefit.layers.rebuild import Rebuild
 from spikefit.ops.node.equation import SAFE_GROWTH
 
@@ -39,7 +39,7 @@ class StrategyKind:
     exact: bool
     run: Runner
     check: Callable[[str | None], None]
-    keep: Callable[[SpikingUnit, str | None], str] = lambda unit, option: "all"
+    keep: Callable[[Keeping, str | None], str] = lambda unit, option: "all"
     check_chain: Callable[[Chain, str | None], None] = lambda chain, option: None
     accepts: Callable[[str | None], float] = lambda option: 0.0
     rounds: Callable[[Chain], bool] = lambda chain: False
@@ -89,7 +89,7 @@ class Strategy:
             Plan.load(self.option).apply(model)
             return
         for module in model.modules():
-            if isinstance(module, SpikingUnit):
+            if isinstance(module, Keeping):
                 module.keep = STRATEGIES[self.name].keep(module, self.option)
 
     def __str__(self) -> str:
@@ -107,7 +107,7 @@ STRATEGIES: dict[str, StrategyKind] = {
         depth.run_plain,
         depth.check_keep,
         depth.keep_of,
-        lambda chain, option: membranes.check_lean(chain),
+        membranes.check_lean,
     ),
     "checkpoint": StrategyKind(
         "recompute it: keep the input of every run of units; option: units per run (default: square root of all)",

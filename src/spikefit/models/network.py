@@ -13,6 +13,7 @@ from spikefit.engines.strategy import Strategy, parse_strategy
 from spikefit.errors import OptionError, ShapeError, StateError, StrategyError
 from spikefit.layers import SpikingUnit
 from spikefit.layers.chain import State
+from spikefit.layers.keeping import Keeping
 from spikefit.layers.shared import TAKES, SharedStage, check_groups, check_share, shares_layers
 from spikefit.layers.weight import check_floating
 from spikefit.models.checks import check_count
@@ -363,7 +364,7 @@ def use_strategy(model: nn.Module, strategy: str | dict[str, Any] | Strategy | P
     """
     parsed = Strategy("lean") if isinstance(strategy, Plan) else parse_strategy(strategy)
     networks = [m for m in model.modules() if isinstance(m, SpikingNetwork)]
-    units = any(isinstance(m, SpikingUnit) for m in model.modules())
+    units = any(isinstance(m, Keeping) for m in model.modules())
     if not networks and not (units and parsed.by_unit):
         wanted = "SpikingNetwork and no unit" if parsed.by_unit else "SpikingNetwork"
         raise StrategyError(
@@ -385,7 +386,7 @@ def use_strategy(model: nn.Module, strategy: str | dict[str, Any] | Strategy | P
 def restored_strategy(model: nn.Module) -> Iterator[None]:
     """After the block, strategies of networks and choices of units in `model` are what they were before."""
     networks = {m: m.strategy for m in model.modules() if isinstance(m, SpikingNetwork)}
-    units = {m: m.keep for m in model.modules() if isinstance(m, SpikingUnit)}
+    units = {m: m.keep for m in model.modules() if isinstance(m, Keeping)}
     try:
         yield
     finally:
@@ -399,6 +400,6 @@ def restored_strategy(model: nn.Module) -> Iterator[None]:
 def plain_bptt(model: nn.Module) -> Iterator[None]:
     """`model` under plain BPTT for the time of the block."""
     with restored_strategy(model):
-        if any(isinstance(m, SpikingNetwork | SpikingUnit) for m in model.modules()):
+        if any(isinstance(m, SpikingNetwork | Keeping) for m in model.modules()):
             use_strategy(model, "bptt")
         yield

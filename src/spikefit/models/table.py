@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from spikefit.errors import OptionError
+from spikefit.models.dmsn import dmsn, dmsn_ann
 from spikefit.models.har import har_conv, har_mlp
 from spikefit.models.mlp import mlp
 from spikefit.models.network import SpikingNetwork, use_strategy
@@ -41,6 +42,10 @@ MODELS: dict[str, ModelKind] = {
     "trevsnn_small": ModelKind(partial(trevsnn, "trevsnn_small"), "the same, wider: 32.3 M parameters"),
     "trevsnn_dvs": ModelKind(partial(trevsnn, "trevsnn_dvs"), "the same for frames of events, T = 8, 10.4 M"),
     "trevsnn_mini": ModelKind(partial(trevsnn, "trevsnn_mini"), "the same for images of 32x32, 0.26 M parameters"),
+    "dmsn_cnn12": ModelKind(partial(dmsn, "dmsn_cnn12"), "one time step, 12 blocks of windows, convolutions; 13.9 M"),
+    "dmsn_lstm12": ModelKind(partial(dmsn, "dmsn_lstm12"), "the same with LSTMs inside the windows; 14.9 M parameters"),
+    "dmsn_cnn12_ann": ModelKind(partial(dmsn_ann, "dmsn_cnn12_ann"), "analog twin of dmsn_cnn12, no spikes"),
+    "dmsn_lstm12_ann": ModelKind(partial(dmsn_ann, "dmsn_lstm12_ann"), "analog twin of dmsn_lstm12, no spikes"),
     "har_mlp": ModelKind(har_mlp, "four equal dense layers, one sensor sample per time step"),
     "har_conv": ModelKind(har_conv, "convolutions over time for windows of sensor samples"),
 }

@@ -6,9 +6,10 @@ from torch import Tensor
 
 from spikefit.neurons.lif import SpikingNeuron
 from spikefit.neurons.threshold import Threshold
+from spikefit.neurons.window import WindowLIF
 
 # The modules whose output is spikes.
-FIRING = (SpikingNeuron, Threshold)
+FIRING = (SpikingNeuron, Threshold, WindowLIF)
 
 
 def spikes_of(output: Any) -> Tensor:
