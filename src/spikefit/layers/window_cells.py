@@ -149,7 +149,8 @@ class WindowCell(nn.Module):
             return neuron(current, given, across_release() if self.pairs == "release" else across(P))
         if i == 0:
             return neuron(current, None, in_turn(P), fuse="a", want_membranes=not last)
-        return neuron(current, given, behind(P), want_membranes=not last)
+        # a single window has nothing behind it
+        return neuron(current, given if P > 1 else None, behind(P), want_membranes=not last)
 
     def _current(self, i: int, spikes: Tensor) -> Tensor:
         z, norm = self.weights[i].weigh(spikes), self.norms[i]  # type: ignore[operator]

@@ -93,7 +93,8 @@ def predict(
     with use_backend(chosen.backend), torch.no_grad(), fabric.autocast():
         for index, start in enumerate(range(0, len(inputs), size)):
             x = to_sequence(encoding, inputs[start : start + size], fabric, derive_seed(chosen.seed, "encode", index))
-            parts.append(model(x).float().mean(0).softmax(-1).cpu())
+            with draws_of(fabric, chosen.seed, index):
+                parts.append(model(x).float().mean(0).softmax(-1).cpu())
     probabilities = torch.cat(parts)
     return Prediction(probabilities.argmax(-1), probabilities, list(found.state["classes"]))
 
@@ -104,6 +105,14 @@ def to_sequence(encoding: Encoding, inputs: Any, fabric: Fabric, seed: int) -> T
     inputs = inputs.to(fabric.device) if isinstance(inputs, Tensor) else inputs
     sequence = encoding(inputs, torch.Generator().manual_seed(seed)).to(fabric.device)
     return fabric.strategy.precision.convert_input(sequence)
+
+
+@contextmanager
+def draws_of(fabric: Fabric, seed: int, index: int) -> Iterator[None]:
+    """Within the block, a network that draws random numbers in evaluation draws those of batch `index` under `seed`."""
+    with torch.random.fork_rng([fabric.device] if fabric.device.type == "cuda" else []):
+        torch.manual_seed(derive_seed(seed, "draws", index))
+        yield
 
 
 @torch.no_grad()
@@ -124,7 +133,8 @@ def measure(
                 continue
             x = to_sequence(encoding, inputs, fabric, derive_seed(seed, "encode", index))
             targets = time_first(targets).to(fabric.device)
-            value, outputs = loss_of(model, loss, x, targets)
+            with draws_of(fabric, seed, index):
+                value, outputs = loss_of(model, loss, x, targets)
             logits = outputs[0].float()
             answers = logits.argmax(-1) if targets.ndim == 2 else logits.mean(0).argmax(-1)
             labelled = targets != UNLABELLED
