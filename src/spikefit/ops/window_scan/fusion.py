@@ -37,7 +37,8 @@ def omega(a: Tensor, c: Tensor, phi: Scalar = 0.5) -> Tensor:
 def over_activation(phi: float = 0.5, v_threshold: float = 0.5) -> tuple[float, float]:
     """(S, D): how strongly `omega` answers where both membranes are between one and two thresholds.
 
-        S = integral of omega(a, c) over [theta, 2 theta]^2 = 16 sin(3 phi pi theta/2) sin^2(phi pi theta/4) / (phi pi)^2
+        S = integral of omega(a, c) over [theta, 2 theta]^2
+          = 16 sin(3 phi pi theta/2) sin^2(phi pi theta/4) / (phi pi)^2
         D = S - 3 theta^3, the same minus the integral of a + c
 
     Args:

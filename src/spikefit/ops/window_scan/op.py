@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-from spikefit.errors import OptionError, ShapeError, StateError
+from spikefit.errors import BackendError, OptionError, ShapeError, StateError
 from spikefit.ops import dispatch
 from spikefit.ops.dtype import compute_dtype
-from spikefit.ops.lif.op import DTYPES
+from spikefit.ops.lif.op import DTYPES, Layout
 from spikefit.ops.lif.reference import Scalar
-from spikefit.ops.surrogate import Surrogate, rect
+from spikefit.ops.surrogate import FORMS, Surrogate, rect
 from spikefit.ops.window_scan import reference
 from spikefit.ops.window_scan.equation import Equation
-from spikefit.ops.window_scan.fusion import check_phi, check_threshold, reads
+from spikefit.ops.window_scan.fusion import COMPILED, check_phi, check_threshold, reads
 from spikefit.ops.window_scan.links import Links
 
 
@@ -75,8 +75,13 @@ def window_scan(
     check_threshold("window_scan", v_threshold)
     _check_input(x, links)
     given = _checked_given(x, given, equation)
-    dispatch.choose(backend, triton="no kernel yet.", numba="no kernel yet.")
-    spikes, membranes = reference.window_scan(x, given, phi=phi, v_threshold=v_threshold, equation=equation)
+    chosen = _choose_backend(x, equation, phi, v_threshold, backend)
+    if chosen == "reference":
+        spikes, membranes = reference.window_scan(x, given, phi=phi, v_threshold=v_threshold, equation=equation)
+    else:
+        spikes, membranes = _forward(
+            x, given, float(phi), float(v_threshold), *_flat(equation), want_membranes, chosen
+        )  # fmt: skip
     return spikes, membranes if want_membranes else None
 
 
@@ -115,3 +120,179 @@ def _checked_given(x: Tensor, given: Tensor | None, equation: Equation) -> Tenso
             f"{given.dtype} on {given.device}. Pass the membranes of this batch, one per window of x."
         )
     return given if needed else None
+
+
+def _choose_backend(x: Tensor, equation: Equation, phi: Scalar, v_threshold: Scalar, backend: str) -> str:
+    """Resolve the backend for this call."""
+    no = _no_kernel(x, equation, phi, v_threshold)
+    if no is not None:
+        return dispatch.choose(backend, triton=no, numba=no)
+    asked = dispatch.resolve(backend)
+    triton = dispatch.triton_refusal(x) if asked == "triton" else dispatch.auto_triton_refusal(x)
+    return dispatch.choose(backend, triton=triton, numba=dispatch.numba_refusal(x))
+
+
+def _no_kernel(x: Tensor, equation: Equation, phi: Scalar, v_threshold: Scalar) -> str | None:
+    """Why no compiled kernel can run the call, or None."""
+    for name, scalar in (("phi", phi), ("v_threshold", v_threshold)):
+        if isinstance(scalar, Tensor):
+            return f"{name} is a tensor (learned), and the compiled window_scan takes numbers; float({name}) fixes it."
+    if equation.fuse not in COMPILED:
+        return f"fuse={equation.fuse!r} has no compiled kernel; those with one are {', '.join(COMPILED)}."
+    if x.dtype == torch.float64:
+        return "the compiled window_scan computes in float32, got float64 input."
+    if FORMS[equation.surrogate.name].kernel is None:
+        return f"surrogate {equation.surrogate.name} has no compiled slope."
+    return None
+
+
+def _flat(equation: Equation) -> tuple[list[int], str, float, str, bool, str, float]:
+    """The equation as arguments a custom op can take."""
+    e = equation
+    return e.links.codes, e.fuse, e.leak, e.reset, e.strict, e.surrogate.name, e.surrogate.parameter
+
+
+def _unflat(
+    links: list[int], fuse: str, leak: float, reset: str, strict: bool, surrogate: str, parameter: float
+) -> Equation:
+    slope = Surrogate(surrogate, parameter)
+    return Equation(Links.decode(links), fuse, leak, reset, strict, slope)  # type: ignore[arg-type]
+
+
+def _kernels(backend: str):
+    """The module with `forward` and `backward` on rows."""
+    if backend == "triton":
+        from spikefit.ops.window_scan import cuda
+
+        return cuda
+    from spikefit.ops.window_scan import cpu
+
+    return cpu
+
+
+def _wanted(layout: Layout, x: Tensor, want: bool) -> Tensor:
+    """Room for membranes or their gradients, [P, B, ...] float32 in the order of `layout`; [0] if not wanted."""
+    return layout.empty(x, torch.float32) if want else x.new_empty(0, dtype=torch.float32)
+
+
+def _rows(layout: Layout, sequence: Tensor) -> Tensor:
+    """[P, N] in memory order, or [0, 0] for nothing."""
+    return layout.rows(sequence) if sequence.ndim > 1 else sequence.view(0, 0)
+
+
+@torch.library.custom_op("spikefit::window_scan", mutates_args=())
+def _forward(
+    x: Tensor,
+    given: Tensor | None,
+    phi: float,
+    v_threshold: float,
+    links: list[int],
+    fuse: str,
+    leak: float,
+    reset: str,
+    strict: bool,
+    surrogate: str,
+    parameter: float,
+    want_membranes: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(spikes, membranes); the latter empty unless wanted."""
+    equation, layout = _unflat(links, fuse, leak, reset, strict, surrogate, parameter), Layout(x)
+    spikes, membranes = layout.empty(x, x.dtype), _wanted(layout, x, want_membranes)
+    if x.numel() > 0:
+        _kernels(backend).forward(
+            layout.input_rows(x),
+            None if given is None else layout.rows(given),
+            layout.rows(spikes),
+            _rows(layout, membranes),
+            phi,
+            v_threshold,
+            equation,
+        )
+    return spikes, membranes
+
+
+@_forward.register_fake
+def _(x, given, *rest):
+    layout = Layout(x)
+    return layout.empty(x, x.dtype), _wanted(layout, x, rest[-2])
+
+
+@torch.library.custom_op("spikefit::window_scan_backward", mutates_args=())
+def _backward(
+    g: Tensor,
+    q: Tensor | None,
+    x: Tensor,
+    given: Tensor | None,
+    phi: float,
+    v_threshold: float,
+    links: list[int],
+    fuse: str,
+    leak: float,
+    reset: str,
+    strict: bool,
+    surrogate: str,
+    parameter: float,
+    want_given: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(dx, dgiven) from the gradients of spikes and membranes; dgiven is empty unless wanted."""
+    equation, layout = _unflat(links, fuse, leak, reset, strict, surrogate, parameter), Layout(x)
+    dx, dgiven = layout.empty(x, x.dtype), _wanted(layout, x, want_given)
+    if x.numel() > 0:
+        _kernels(backend).backward(
+            layout.rows(g.to(x.dtype)),
+            None if q is None else layout.rows(q.float()),
+            layout.input_rows(x),
+            None if given is None else layout.rows(given),
+            layout.rows(dx),
+            _rows(layout, dgiven),
+            phi,
+            v_threshold,
+            equation,
+        )
+    return dx, dgiven
+
+
+@_backward.register_fake
+def _(g, q, x, given, *rest):
+    layout = Layout(x)
+    return layout.empty(x, x.dtype), _wanted(layout, x, rest[-2])
+
+
+def _save_inputs(ctx, inputs, output) -> None:
+    x, given, *options, ctx.want_membranes, ctx.backend = inputs
+    ctx.options = options
+    ctx.save_for_backward(x, *([] if given is None else [given]))
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, g, q):
+    x, *given = ctx.saved_tensors
+    none = [None] * (len(ctx.options) + 2)
+    q = q if ctx.want_membranes else None
+    if g is None and q is None:
+        return None, None, *none
+    want_given = ctx.needs_input_grad[1]
+    dx, dgiven = _backward(
+        torch.zeros_like(x) if g is None else g,
+        q,
+        x,
+        given[0] if given else None,
+        *ctx.options,
+        want_given,
+        ctx.backend,
+    )
+    return dx, dgiven if want_given else None, *none
+
+
+_forward.register_autograd(_gradients, setup_context=_save_inputs)
+
+
+def _no_second_derivative(ctx, *gradients):
+    raise BackendError(
+        "window_scan: the compiled kernels have no second derivative; call window_scan with backend='reference'."
+    )
+
+
+_backward.register_autograd(_no_second_derivative)
