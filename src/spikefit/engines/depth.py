@@ -21,9 +21,7 @@ KEEP_OPTIONS = ("auto", "input", "spikes")
 CHEAP_MACS = 100
 
 
-def run_plain(
-    blocks: list[Any], x: Any, state: State, option: str | None = None, first: int = 0
-) -> tuple[Any, State]:
+def run_plain(blocks: list[Any], x: Any, state: State, option: str | None = None, first: int = 0) -> tuple[Any, State]:
     """Run blocks, and stages of them, one after the other, each by itself; see `spikefit.layers.chain.run_blocks`.
 
     `first` is the number of the first block in its network, for messages.
@@ -67,9 +65,7 @@ def run_checkpointed(blocks: list[Any], x: Tensor, state: State, option: str | N
     return x, tuple(after)
 
 
-def _run_parts(
-    blocks: list[Any], state: State, first: int, x: Tensor, memory: Tensor | None
-) -> tuple[Tensor, State]:
+def _run_parts(blocks: list[Any], state: State, first: int, x: Tensor, memory: Tensor | None) -> tuple[Tensor, State]:
     """`run_plain` of a sequence and the membranes that may come with it."""
     return run_plain(blocks, x if memory is None else Stream(x, memory), state, None, first)
 

@@ -190,7 +190,9 @@ class OneStepStem(nn.Module):
     ) -> tuple[tuple[()], tuple[int, ...]]:
         """(no state, shape of one output sample)."""
         if len(shape) != 3 or shape[1] % 2 or shape[2] % 2:
-            raise ShapeError(f"stem: expected images (C, H, W) with even sides, got {tuple(shape)}. Pad or resize them.")
+            raise ShapeError(
+                f"stem: expected images (C, H, W) with even sides, got {tuple(shape)}. Pad or resize them."
+            )
         return (), (self.conv.out_channels, shape[1] // 2, shape[2] // 2)
 
 

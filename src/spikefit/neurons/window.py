@@ -141,7 +141,7 @@ class WindowLIF(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"fuse={self.fuse}, phi={float(self.phi):g}, leak={self.leak:g}, v_threshold={float(self.v_threshold):g}, "
+            f"fuse={self.fuse}, phi={_number(self.phi):g}, leak={self.leak:g}, v_threshold={_number(self.v_threshold):g}, "
             f"reset {self.reset}, {self.surrogate}"
         )
 
@@ -156,3 +156,7 @@ class WindowReLU(nn.Module):
     def forward(self, x: Tensor, *carried: object, **options: object) -> tuple[Tensor, None]:
         """(max(x, 0), None)."""
         return torch.relu(x), None
+
+
+def _number(scalar: float | Tensor) -> float:
+    return float(scalar.detach()) if isinstance(scalar, Tensor) else scalar
