@@ -15,7 +15,8 @@ from trev_drift import network
 
 from spikefit.data import load_dataset
 from spikefit.encoding import repeat
-from spikefit.planning.energy import AC_PJ, MAC_PJ, Operations, macs_of, operations
+from spikefit.planning.energy import AC_PJ, MAC_PJ, Operations
+from spikefit.planning.operations import macs_of, operations
 from spikefit.planning.target import Target
 from spikefit.training.build import build_model
 from spikefit.training.checkpoint import fill_model, load_checkpoint

@@ -120,6 +120,24 @@ def test_profile_prints_json_and_a_table(run):
         assert text in out
 
 
+def test_profile_tells_the_strict_accounting_from_the_published_one(run):
+    words = ("vgg6", "timesteps=2", "batch=2", "image=3x8x8", "width=0.0625")
+    status, out, err = run("profile", *words, "--json")
+    assert status == 0, err
+    energy = json.loads(out)["energy"]
+    published = energy["published"]
+    assert published["ann_pj"] == pytest.approx(5.5 / 4.6 * energy["ann_pj"])
+    assert published["snn_pj"] == pytest.approx(0.9 * published["adds"] + 4.6 * published["mults"])
+    for account in (energy, published):
+        assert account["ratio"] == pytest.approx(account["ann_pj"] / account["snn_pj"])
+    status, out, _ = run("profile", *words)
+    assert status == 0
+    assert "the strict one charges accumulates only where a layer was seen to read 0 and 1" in out
+    assert re.search(r"energy as published \(flatters\)\W+[\d.]+ uJ at a rate of [\d.]+ %", out)
+    for account in ("its ANN twin, strict", "its ANN twin as published"):
+        assert re.search(rf"{account}\W+[\d.]+ uJ, [\d.]+ times as much", out), account
+
+
 def test_profile_prints_both_accountings_where_they_differ(capsys):
     result = profile(known_steps(), torch.full((2, 3, 1, 4, 4), 0.25), predict_only=True).to_dict()
     shown = []

@@ -18,7 +18,8 @@ from spikefit.planning import (
     random_sample,
 )
 from spikefit.planning.counting import counted_run, counted_shapes
-from spikefit.planning.energy import counts_analog_as_spikes, exact_synops, macs_of, operations
+from spikefit.planning.energy import counts_analog_as_spikes
+from spikefit.planning.operations import exact_synops, macs_of, operations
 from spikefit.planning.target import with_targets
 from support import PlainSteps, known_steps
 

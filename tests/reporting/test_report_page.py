@@ -70,6 +70,21 @@ def test_both_accountings_of_energy_are_told_where_they_differ(rows, tmp_path):
     assert ["accumulates only" in text for text in html] == [False, True, False]
 
 
+def test_the_published_accounting_is_told_with_its_ratio(rows, tmp_path):
+    html = [write_report(tmp_path / "report.html", {"rows": rows}).read_text(encoding="utf-8")]
+    published = {"rate": None, "adds": None, "mults": None, "snn_pj": None, "ann_pj": 5e6, "ratio": None}
+    for numbers in ({}, {"rate": 0.083, "adds": 1.0, "mults": 1.0, "snn_pj": 1.25e6, "ratio": 4.0}):
+        for row in rows:
+            row["energy"] |= {"published": published | numbers}
+        html.append(write_report(tmp_path / "report.html", {"rows": rows}).read_text(encoding="utf-8"))
+    told = (
+        "As published, which flatters the spiking network: 1.25 µJ at a firing rate of 8.30 %; the same network "
+        "without spikes 5.00 µJ (4.00x)."
+    )
+    assert [told in text for text in html] == [False, False, True]
+    assert ["As published" in text for text in html] == [False, False, True]
+
+
 def test_report_is_whole(report, tmp_path):
     html = write_report(tmp_path / "report.html", report).read_text(encoding="utf-8")
     assert len(figures_of(html)) == 3 + 2 + 2 + 2 + 1 + 1

@@ -2,13 +2,17 @@
 
 Units and read-outs get whole sequences, and read the weight of a module that they never call. A convolution or a linear
 map that is called itself, as blocks of your own do, gets rows [B, C, ...] of one step, or [k B, C, ...] of k steps.
-What a layer does in several calls adds up, so a layer that is called in every step counts like a unit.
+What a layer does in several calls adds up, so a layer that is called in every step counts like a unit. A recurrent
+module has two entries: what it does with its input, and what it does with hidden values.
+
+A block that cuts one step into parts, as into windows, says `parts_of_a_step = True`: all that its layers do in one
+call of the block, in rows [k B, ...] or in several calls, is one step.
 
 A first layer is one without a spike behind its input: it reads the data, or what other first layers made of them.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -19,13 +23,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from spikefit.errors import ShapeError
 from spikefit.layers import Readout, SpikingConv1d, SpikingUnit
 from spikefit.layers.packed import dense
 from spikefit.models.network import plain_bptt
 from spikefit.neurons.firing import FIRING, spikes_of
-from spikefit.planning.energy import Operations, of_rows, operations
+from spikefit.planning.energy import Operations, of_rows
 from spikefit.planning.membranes import Currents, watched_currents
 from spikefit.planning.memory import predicted_bytes
+from spikefit.planning.operations import operations, recurrent_operations
 from spikefit.planning.target import with_targets
 
 
@@ -101,15 +107,22 @@ class _Counter:
         self.x, self.values, self.origins = x, values, _Origins()
         self.modules = dict(module.named_modules())
         self.own = [name for name, m in self.modules.items() if getattr(m, "weights_per_step", False)]
+        # block whose calls are one step each -> its calls; layer -> the call in which it was counted last
+        self.calls = {name: 0 for name, m in self.modules.items() if getattr(m, "parts_of_a_step", False)}
+        self.counted_in: dict[str, int] = {}
         self.handles: list[Any] = []
 
     def __enter__(self) -> "_Counter":
+        for name in self.calls:
+            self.handles.append(self.modules[name].register_forward_pre_hook(partial(self._called, name)))
         for name, m in self.modules.items():
             if isinstance(m, SpikingUnit | Readout):
                 self.handles.append(m.register_forward_pre_hook(partial(self._sequence, name)))
                 self.handles.append(m.register_forward_hook(self._made))
             elif isinstance(m, nn.Conv1d | nn.Conv2d | nn.Linear):
                 self.handles.append(m.register_forward_hook(partial(self._rows, name), with_kwargs=True))
+            elif isinstance(m, nn.RNN | nn.GRU | nn.LSTM):
+                self.handles.append(m.register_forward_hook(partial(self._recurrent, name), with_kwargs=True))
             elif isinstance(m, FIRING):
                 self.handles.append(m.register_forward_hook(self._fired))
         self.mode = self.origins if self.values else nullcontext()
@@ -125,6 +138,9 @@ class _Counter:
         while self.handles:
             self.handles.pop().remove()
 
+    def _called(self, name: str, block: nn.Module, inputs: Any) -> None:
+        self.calls[name] += 1
+
     def _made(self, layer: nn.Module, inputs: Any, output: Any) -> None:
         self.origins.mark(output, LAYER)
 
@@ -133,12 +149,17 @@ class _Counter:
 
     @torch.no_grad()
     def _sequence(self, name: str, layer: SpikingUnit | Readout, inputs: Any) -> None:
-        """A unit or a read-out gets a sequence."""
+        """A unit or a read-out gets a sequence; of windows [1, k B, ...] or [k, B, ...] where a block cuts a step."""
         x = dense(inputs[0]).detach()
         # a convolution over time is one step whose length is time
         sequence = x.permute(1, 2, 0).unsqueeze(0) if _over_time(layer) else x
         synapse = layer.linear if isinstance(layer, Readout) else layer.synapse
-        self._add(name, x, operations(synapse, sequence, _output_shape(layer, x), values=self.values))
+        cut, shape = _within(name, self.calls), _output_shape(layer, x)
+        if cut:  # as many rows per sample as there are parts
+            sequence = sequence.flatten(0, 1).unsqueeze(0)
+        made = operations(synapse, sequence, shape, values=self.values)
+        made = of_rows(made, sequence.shape[1], self.x.shape[1]) if cut else made
+        self._add(name, x, replace(made, over_time=_over_time(layer)))
 
     @torch.no_grad()
     def _rows(self, name: str, layer: nn.Module, inputs: Any, options: dict[str, Any], output: Tensor) -> None:
@@ -152,14 +173,44 @@ class _Counter:
         self._add(name, x, of_rows(one, rows.shape[0], self.x.shape[1]))
         self.origins.mark(output, LAYER)
 
+    @torch.no_grad()
+    def _recurrent(self, name: str, layer: nn.RNNBase, inputs: Any, options: dict[str, Any], output: Any) -> None:
+        """A recurrent module was called with rows of sequences, or with one sequence [L, in]."""
+        x = inputs[0] if inputs else options["input"]
+        if not isinstance(x, Tensor):
+            raise ShapeError(
+                f"profile: {name} is counted on a tensor [L, B, in], or [B, L, in] with batch_first=True, and got a "
+                f"{type(x).__name__}. Give it sequences of one length."
+            )
+        x = x.detach()
+        rows, tokens = (1, x.shape[0]) if x.ndim == 2 else x.shape[:2] if layer.batch_first else x.shape[1::-1]
+        if x.ndim == 3 and not layer.batch_first and x.shape[:2] == self.x.shape[:2]:
+            rows, tokens = rows * tokens, 1  # a whole sequence: a token is a step
+        halves = recurrent_operations(layer, x, output[0], tokens, values=self.values)
+        for half, one in zip(RECURRENT_HALVES, halves, strict=True):
+            self._add(f"{name}.{half}", x, of_rows(one, rows, self.x.shape[1]))
+        self.origins.mark(output, LAYER)
+
     def _add(self, name: str, x: Tensor, made: Operations) -> None:
         """Note a call of the layer `name` with `x`."""
         if made.binary and made.rate and self.origins.of(x) == LAYER:
             self.origins.mark(x, SPIKES)  # of a neuron that is no module of ours
-        own = any(name == owner or name.startswith(f"{owner}.") or not owner for owner in self.own)
+        own = bool(_within(name, self.own))
         made = replace(made, first=self.values and self.origins.of(x) < SPIKES, own_steps=own)
-        self.counted[name] = made if name not in self.counted else self.counted[name] + made
+        before, cut = self.counted.get(name), _within(name, self.calls)
+        call = sum(self.calls[block] for block in cut[:1])  # of the outermost block that cuts a step
+        if cut:
+            made = replace(made, macs=made.total_macs, steps=1)
+        if before is None:
+            self.counted[name] = made
+        else:
+            part = bool(cut) and self.counted_in[name] == call
+            self.counted[name] = before.joined(made) if part else before + made
+        self.counted_in[name] = call
 
+
+# The two entries of a recurrent module: what it does with its input, and with hidden values.
+RECURRENT_HALVES = ("input", "recurrent")
 
 # Where a tensor comes from: a layer has computed it, or spikes are behind it; 0 for data and weights.
 LAYER, SPIKES = 1, 2
@@ -191,6 +242,11 @@ class _Origins(TorchDispatchMode):
                     # its place may be taken by another one later
                     weakref.finalize(storage, self.known.pop, storage._cdata, None)
                 self.known[storage._cdata] = origin
+
+
+def _within(name: str, blocks: Iterable[str]) -> list[str]:
+    """Those of `blocks` that are `name` or contain it, outermost first if they come so."""
+    return [block for block in blocks if not block or name == block or name.startswith(f"{block}.")]
 
 
 def _output_shape(layer: SpikingUnit | Readout, x: Tensor) -> tuple[int, ...]:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from spikefit.errors import OptionError
 from spikefit.models import SpikingNetwork, use_strategy
-from spikefit.neurons import SpikingNeuron, Threshold
+from spikefit.neurons import SpikingNeuron, Threshold, TwoGroupNode
 from spikefit.ops.dispatch import installed, resolve, use_backend
 from spikefit.ops.dtype import compute_dtype
-from spikefit.planning.counting import counted_run, counted_shapes
+from spikefit.planning.counting import RECURRENT_HALVES, counted_run, counted_shapes
 from spikefit.planning.energy import Operations, energy_report
 from spikefit.planning.measured import cuda_peak_bytes, measured_peak_bytes, measured_peak_bytes_of
 from spikefit.planning.membranes import membrane_bytes
@@ -36,12 +36,12 @@ class LayerProfile:
 
     Attributes:
         name, kind: path of the module, and its class.
-        parameters: number of trainable values.
+        parameters: number of trainable values; 0 for the two halves of a recurrent module, whose own row has them.
         saved_bytes: category -> bytes held between forward and backward.
         spike_rate: mean of the neuron's output per neuron and step; None without a neuron or a run.
         macs: multiply-accumulates per sample and step, as if dense.
-        steps: how many steps of a sequence the layer computes: T, or 1 for a step that is repeated and for a layer that
-            is called once.
+        steps: how many steps of a sequence the layer computes: T, or 1 for a step that is repeated, for a layer that
+            is called once, and for all parts that a step is cut into.
         synops, synops_exact: accumulates per sample and sequence, see `Operations`.
         energy_pj: per sample and sequence.
     """
@@ -112,7 +112,14 @@ def profile(
     Operations are those of units, of read-outs, and of the nn.Conv1d, nn.Conv2d and nn.Linear that blocks of your own
     call, with rows [B, C, ...] of one step, or [k B, C, ...] of k steps; calls of a layer add up. A block whose steps
     have weights of their own says `weights_per_step = True`: its steps are then layers of the ANN twin, which runs in
-    each of them what several share, as the network does.
+    each of them what several share, as the network does. A block that cuts one time step into parts, as into windows,
+    says `parts_of_a_step = True`: whatever its layers do in one call of the block, in rows [k B, C, ...] or in several
+    calls, is then one step, and the twin does it too.
+
+    nn.RNN, nn.GRU and nn.LSTM have two entries: NAME.input for the products with their input, which are accumulates if
+    that is 0 or 1, and NAME.recurrent for those with hidden values, of the layers above the first both products.
+    Sequences [L, B, in] with L = T are steps; of any other length, or with batch_first, they are tokens of one step.
+    Other modules of torch with weights (nn.LSTMCell, nn.Conv3d, nn.Bilinear) are not counted.
 
     Args:
         model: a module, the name of a zoo model, "package.module:factory", a `Target`, or the `Step` of a recipe
@@ -191,7 +198,7 @@ def _profile(step: Step, target: Target | None, predict_only: bool, repeats: int
         saved_bytes=predicted.saved.total,
         step_seconds=seconds,
         layers=_rows(module, predicted.saved, counted, rates),
-        energy=energy_report(list(counted.values())),
+        energy=energy_report(list(counted.values()), firing=_firing(module, rates)),
         lif_forward_bytes=None if membranes is None else membranes.forward,
         lif_backward_kept_bytes={} if membranes is None else membranes.kept,
         lif_backward_peak_bytes={} if membranes is None else membranes.peak,
@@ -267,8 +274,15 @@ def _rows(
 ) -> list[LayerProfile]:
     """One row per layer that has a weight, keeps something or fires, in network order."""
     modules = dict(module.named_modules())
+    halves = {
+        f"{n}.{half}": n for n in modules for half in RECURRENT_HALVES if f"{n}.{half}" in counted.keys() - modules
+    }
     alone = {n for n in rates if isinstance(modules[n], Threshold)}  # the rate of a neuron stands beside its unit
-    names = [n for n in modules if n and (n in counted or n in saved.layers or n in alone)]
+    names = []
+    for n in modules:
+        own = [half for half, whole in halves.items() if whole == n]
+        if n and (own or n in counted or n in saved.layers or n in alone):
+            names += [n, *own]
     names += [n for n in saved.layers if n not in names]
     rows = []
     for name in names:
@@ -276,7 +290,7 @@ def _rows(
         rows.append(
             LayerProfile(
                 name=name,
-                kind=type(layer).__name__ if layer is not None else "network",
+                kind=f"{type(modules[halves[name]]).__name__} half" if name in halves else _kind(layer),
                 parameters=sum(p.numel() for p in layer.parameters() if p.requires_grad) if layer is not None else 0,
                 saved_bytes=saved.layers.get(name, {}),
                 spike_rate=rates.get(name, rates.get(f"{name}.neuron")),
@@ -288,6 +302,16 @@ def _rows(
             )
         )
     return rows
+
+
+def _kind(layer: nn.Module | None) -> str:
+    return "network" if layer is None else type(layer).__name__
+
+
+def _firing(module: nn.Module, rates: dict[str, float]) -> list[float]:
+    """The rates of what fires; the outputs of a two-group node are real values, and their mean is no rate."""
+    modules = dict(module.named_modules())
+    return [rate for name, rate in rates.items() if not isinstance(modules[name], TwoGroupNode)]
 
 
 def _categories(module: nn.Module, x: Tensor, saved: SavedBytes) -> dict[str, int]:
