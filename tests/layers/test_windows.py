@@ -4,18 +4,19 @@ import math
 
 import pytest
 import torch
-from support import dyadic, saved_bytes
 from torch import nn
 from torch.autograd import gradcheck
 
 from spikefit.errors import OptionError, ShapeError, StateError
-from spikefit.layers.window_block import PatchMerging, Stream, WindowSpike
+from spikefit.layers.window_block import WindowSpike
 from spikefit.layers.window_cells import CELLS
 from spikefit.layers.window_coding import decode, encode, encode_packed
+from spikefit.layers.window_parts import PatchMerging, Stream
 from spikefit.layers.windows import Windows, cut, put_back, recompose, windows_of
 from spikefit.neurons.window import WindowLIF
 from spikefit.ops.dispatch import use_backend
 from spikefit.ops.surrogate import parse_surrogate
+from support import dyadic, saved_bytes
 
 ALL = [(kind, count) for kind in ("tile", "dilated") for count in (1, 2, 4)]
 
@@ -55,7 +56,9 @@ def test_places_and_cover_of_a_16x16_map():
     assert torch.equal(tile.cover(), torch.ones(16, 16, dtype=torch.int64))
     cover = dilated.cover()
     assert [(cover == n).sum().item() for n in (1, 2, 4)] == [64, 128, 64]
-    assert (cover[4:12, 4:12] == 4).all() and (cover[:4, :4] == 1).all() and (cover[:4, 4:12] == 2).all()
+    assert (cover[4:12, 4:12] == 4).all()
+    assert (cover[:4, :4] == 1).all()
+    assert (cover[:4, 4:12] == 2).all()
 
 
 def test_two_windows_are_halves_or_three_quarters_of_the_rows():
@@ -93,7 +96,8 @@ def test_putting_back_is_the_adjoint_of_cutting(kind, count):
     x = maps(dtype=torch.float64).requires_grad_()
     parts = torch.rand_like(cut(x.detach(), windows)).requires_grad_()
     assert torch.isclose((cut(x, windows) * parts).sum(), (x * put_back(parts, windows)).sum())
-    assert gradcheck(lambda x: cut(x, windows), x) and gradcheck(lambda p: recompose(p, windows), parts)
+    assert gradcheck(lambda x: cut(x, windows), x)
+    assert gradcheck(lambda p: recompose(p, windows), parts)
 
 
 def by_pairs(parts, windows):
@@ -121,7 +125,8 @@ def test_recomposition_by_pairs_is_that_by_counts_and_every_threshold_is_the_uni
     assert torch.allclose(mean, by_pairs(parts, windows))
     assert set(mean.unique().tolist()) == {0, 0.25, 0.5, 0.75, 1}
     union = recompose(parts, windows, "or")
-    assert torch.equal(union, (mean > 0.1).float()) and torch.equal(union, (mean > 0.2).float())
+    assert torch.equal(union, (mean > 0.1).float())
+    assert torch.equal(union, (mean > 0.2).float())
     assert 0.05 < union.mean() < 0.95
 
 
@@ -139,7 +144,8 @@ def test_the_gradient_of_the_union_is_that_of_the_mean_or_only_where_nothing_fir
     silent = recompose(parts, windows) == 0
     p = parts.clone().requires_grad_()
     recompose(p, windows).backward(g * silent)
-    assert torch.equal(gradient("or", "release"), p.grad) and not torch.equal(p.grad, gradient("mean"))
+    assert torch.equal(gradient("or", "release"), p.grad)
+    assert not torch.equal(p.grad, gradient("mean"))
 
 
 def test_recompose_names_what_is_wrong():
@@ -159,11 +165,13 @@ def test_draws_are_new_for_every_window_and_follow_the_value():
     x, windows = torch.full((50, 8, 8, 2), 0.3), windows_of("dilated", 4, (8, 8))
     torch.manual_seed(0)
     coded = encode(x, windows, "bernoulli_sg")
-    assert set(coded.unique().tolist()) == {0, 1} and abs(coded.mean() - 0.3) < 0.01
+    assert set(coded.unique().tolist()) == {0, 1}
+    assert abs(coded.mean() - 0.3) < 0.01
     # the middle of the map lies in all windows: what they drew there differs
     middle = [coded[p][:, 2 - r : 4, 2 - c : 4] for p, (r, c) in enumerate(windows.offsets)]
     assert not torch.equal(middle[0][:, -1, -1], middle[3][:, -1, -1])
-    assert encode(x * 0, windows, "bernoulli_sg").sum() == 0 and encode(x * 0 + 1, windows, "bernoulli_sg").mean() == 1
+    assert encode(x * 0, windows, "bernoulli_sg").sum() == 0
+    assert encode(x * 0 + 1, windows, "bernoulli_sg").mean() == 1
     assert torch.equal(encode(x + 0.3, windows, "heaviside"), torch.ones(4, 50, 6, 6, 2))
 
 
@@ -171,7 +179,8 @@ def test_a_generator_decides_the_draws_and_leaves_the_global_one_alone():
     x, windows = maps(), windows_of("tile", 4, (8, 8))
     before = torch.get_rng_state()
     one, two = (encode(x, windows, "bernoulli_sg", torch.Generator().manual_seed(3)) for _ in range(2))
-    assert torch.equal(one, two) and torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(one, two)
+    assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(OptionError, match="expected a generator on meta, where the map is, got one on cpu"):
         encode(x.to("meta"), windows, "bernoulli_sg", torch.Generator())
 
@@ -183,7 +192,8 @@ def test_packed_spikes_are_the_same_and_take_a_bit(coding):
     made = encode(dense, windows, coding, torch.Generator().manual_seed(1))
     carrier, bits = encode_packed(packed, windows, coding, torch.Generator().manual_seed(1))
     found = decode(carrier, bits)
-    assert torch.equal(found, made) and bits.numel() * 8 == made.numel()
+    assert torch.equal(found, made)
+    assert bits.numel() * 8 == made.numel()
     assert carrier.untyped_storage().nbytes() == 4
     assert found.requires_grad == made.requires_grad == (coding != "bernoulli_sg")
     if coding != "bernoulli_sg":
@@ -192,7 +202,8 @@ def test_packed_spikes_are_the_same_and_take_a_bit(coding):
         found.backward(g)
         inside = ((x > 0) & (x < 1)).float()
         assert torch.equal(packed.grad, dense.grad)
-        assert torch.allclose(dense.grad, put_back(g, windows) * inside) and 0 < inside.mean() < 1
+        assert torch.allclose(dense.grad, put_back(g, windows) * inside)
+        assert 0 < inside.mean() < 1
 
 
 # blocks
@@ -205,7 +216,8 @@ def test_two_inputs_below_the_threshold_fire_in_the_second_window():
     for values, spikes, membranes in (((0.4, 0.4), [0, 1], [0.4, 0.56]), ((0.5, 0.0), [0, 0], [0.5, 0.2])):
         x = torch.tensor(values).view(2, 1, 1)
         s, m = neuron(x, None, in_turn(2), fuse="a")
-        assert s.flatten().tolist() == spikes and m.flatten().tolist() == pytest.approx(membranes)
+        assert s.flatten().tolist() == spikes
+        assert m.flatten().tolist() == pytest.approx(membranes)
 
 
 def test_a_pixel_through_the_whole_block_by_hand():
@@ -345,7 +357,8 @@ def test_the_spiking_branch_sends_no_gradient_to_the_stream_unless_the_coding_do
         return (x.grad - 1).abs().max()
 
     assert through_the_branch("bernoulli_sg") == 0
-    assert through_the_branch("bernoulli_ste") > 1e-3 and through_the_branch("heaviside") > 1e-3
+    assert through_the_branch("bernoulli_ste") > 1e-3
+    assert through_the_branch("heaviside") > 1e-3
 
 
 class Smooth(nn.Module):
@@ -414,7 +427,8 @@ def test_the_chain_of_four_windows_is_a_hand_written_loop(backend):
         spikes.append((m2 > 0.5).float())
     with use_backend(backend):
         found, membranes = block.cell(coded, None)
-    assert membranes is None and 0.05 < found.mean() < 0.95
+    assert membranes is None
+    assert 0.05 < found.mean() < 0.95
     # sines of another library may round a membrane across the threshold
     assert (found != torch.stack(spikes)).float().mean() < 1e-3
 
@@ -437,7 +451,8 @@ def test_no_membranes_are_a_map_of_zeros():
     block, x = WindowSpike(4, "lstm"), torch.rand(1, 2, 4, 8, 8)
     one, _ = block(x, generator=torch.Generator().manual_seed(0))
     two, _ = block(Stream(x, torch.zeros(2, 8, 8, 8)), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(one.x, two.x) and torch.equal(one.memory, two.memory)
+    assert torch.equal(one.x, two.x)
+    assert torch.equal(one.memory, two.memory)
 
 
 def test_release_switches_change_what_they_say_and_nothing_else():
@@ -456,7 +471,8 @@ def test_release_switches_change_what_they_say_and_nothing_else():
     y, g = run()
     assert not torch.equal(run(fuse="omega_release")[0], y) or not torch.equal(run(fuse="omega_release")[1], g)
     same_y, other_g = run(or_grad="release")
-    assert torch.equal(same_y, y) and not torch.equal(other_g, g)
+    assert torch.equal(same_y, y)
+    assert not torch.equal(other_g, g)
     assert not torch.equal(run(condense="mean")[0], y)
     assert not torch.equal(memories(pairs="release"), memories())
 
@@ -474,7 +490,8 @@ def test_batches_may_come_in_any_order_and_size():
         alone = once(first_a.x, first_a.memory, 1)
         first_a, first_b = once(a), once(b)
         second_b, second_a = once(first_b.x, first_b.memory, 1), once(first_a.x, first_a.memory, 1)
-    assert torch.equal(second_a.x, alone.x) and second_b.x.shape[1] == 5
+    assert torch.equal(second_a.x, alone.x)
+    assert second_b.x.shape[1] == 5
 
 
 def test_merging_takes_corners_in_the_order_of_columns():
@@ -484,7 +501,8 @@ def test_merging_takes_corners_in_the_order_of_columns():
     x = torch.tensor([[1.0, 2], [3, 4]]).view(1, 1, 1, 2, 2)
     out, _ = merging(Stream(x, torch.rand(1, 2, 2, 2)))
     assert out.x.flatten().tolist() == [1 + 30 + 200 + 4000, 4]
-    assert out.memory.shape == (1, 4, 1, 1) and merging.reduce_memory.weight.shape == (4, 8)
+    assert out.memory.shape == (1, 4, 1, 1)
+    assert merging.reduce_memory.weight.shape == (4, 8)
     plain, _ = PatchMerging(1)(x)
     assert plain.shape == (1, 1, 2, 1, 1)
     with pytest.raises(StateError, match="expected membranes beside the map exactly where it was made for them"):
@@ -554,10 +572,13 @@ def test_learned_constants_move_within_their_bounds():
     torch.manual_seed(0)
     block = WindowSpike(4, learn_phi=True, learn_threshold=True)
     neuron = block.cell.neurons[1]
-    assert neuron.phi.item() == pytest.approx(0.5) and neuron.v_threshold.item() == pytest.approx(0.5)
+    assert neuron.phi.item() == pytest.approx(0.5)
+    assert neuron.v_threshold.item() == pytest.approx(0.5)
     block(torch.rand(1, 2, 4, 8, 8))[0].sum().backward()
-    assert neuron.w_phi.grad.abs() > 0 and neuron.w_threshold.grad.abs() > 0
+    assert neuron.w_phi.grad.abs() > 0
+    assert neuron.w_threshold.grad.abs() > 0
     with torch.no_grad():
         neuron.w_phi.fill_(20)
         neuron.w_threshold.fill_(7)
-    assert neuron.phi.item() <= 0.65 and (neuron.phi * neuron.v_threshold).item() <= 0.25 + 1e-6
+    assert neuron.phi.item() <= 0.65
+    assert (neuron.phi * neuron.v_threshold).item() <= 0.25 + 1e-6

@@ -13,7 +13,8 @@ from spikefit.layers.chain import State, run_blocks
 from spikefit.layers.keeping import Keeping
 from spikefit.layers.repeat import repeated
 from spikefit.layers.shared import SharedStage
-from spikefit.layers.window_block import Stream, WindowSpike
+from spikefit.layers.window_block import WindowSpike
+from spikefit.layers.window_parts import Stream
 
 KEEP_OPTIONS = ("auto", "input", "spikes")
 # Multiply-accumulates per value of z up to which "auto" runs a weight again instead of keeping z: a first layer of

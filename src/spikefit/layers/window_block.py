@@ -4,38 +4,32 @@ Source: Yao et al., ACML 2023 (PMLR 222, pp. 1558-1573), and its release, which 
 options name both.
 """
 
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spikefit.errors import OptionError, ShapeError, StateError
-from spikefit.layers.norm import create_norm
+from spikefit.layers.norm import BatchNorm, StepBatchNorm
 from spikefit.layers.repeat import repeated
-from spikefit.layers.window_cells import CELLS, RECURRENT, Neuron, WindowCell
+from spikefit.layers.window_cells import CELLS, RECURRENT, WindowCell
 from spikefit.layers.window_coding import check_coding, decode, encode, encode_packed
+from spikefit.layers.window_parts import ChannelMLP, Stream, dense
 from spikefit.layers.windows import CONDENSES, OR_GRADIENTS, Windows, check_windows, cut, recompose, windows_of
-from spikefit.neurons.window import STABLE_PHI, WindowLIF, WindowReLU
+from spikefit.neurons.window import PHI_LIMIT, STABLE_PHI, WindowLIF, WindowReLU
 
 CARRIES: tuple[str, ...] = ("block", "layer")
 ORDERS: tuple[str, ...] = ("batched", "sequential")
 PAIRS: tuple[str, ...] = ("own", "release")
 MLPS: tuple[str, ...] = ("gelu", "spiking")
-NORMS: tuple[str, ...] = ("none", "bn", "step_bn", "rms")
-
-
-class Stream(NamedTuple):
-    """What blocks of windows hand each other: a map, and membranes that are carried from block to block.
-
-    Attributes:
-        x: [1, B, C, H, W].
-        memory: [B, width, H, W], the width of a cell; None for none yet.
-    """
-
-    x: Tensor
-    memory: Tensor | None = None
+NORMS: dict[str, Callable[[int], nn.Module] | None] = {
+    "none": None,
+    "bn": BatchNorm,
+    "step_bn": StepBatchNorm,
+    "rms": nn.RMSNorm,
+}
 
 
 class WindowSpike(nn.Module):
@@ -128,55 +122,39 @@ class WindowSpike(nn.Module):
         who = type(self).__name__
         check_windows(who, kind, windows)
         check_coding(who, coding)
-        choices = (
-            ("cell", cell, tuple(CELLS)),
-            ("condense", condense, CONDENSES),
-            ("or_grad", or_grad, OR_GRADIENTS),
-            ("pairs", pairs, PAIRS),
-            ("order", order, ORDERS),
-            ("norm", norm, NORMS),
-            ("mlp", mlp, MLPS),
-        )
-        for name, value, known in choices:
-            _check_choice(who, name, value, known)
-        if carry is None:
-            carry = "layer" if cell in RECURRENT else "block"
-        _check_choice(who, "carry", carry, CARRIES)
+        _check_choice(who, "cell", cell, CELLS)
+        _check_choice(who, "condense", condense, CONDENSES)
+        _check_choice(who, "or_grad", or_grad, OR_GRADIENTS)
+        _check_choice(who, "mlp", mlp, MLPS)
+        carry = ("layer" if cell in RECURRENT else "block") if carry is None else carry
+        _check_order(who, order, norm)
+        _check_carry(who, carry, pairs, cell, windows)
+        _check_phi(who, phi, cell, allow_unstable)
         if analog:
             coding, condense, carry = "analog", "mean", "block"
-        if pairs == "release" and (carry != "layer" or CELLS[cell][1] != 1 or windows != 4):
-            raise OptionError(
-                f"{who}: pairs='release' is for membranes carried from block to block (carry='layer') in four windows "
-                f"of a cell with one layer of neurons, got carry={carry!r}, windows={windows} and cell={cell!r}; leave "
-                "pairs out."
-            )
-        if order == "sequential" and norm == "bn":
-            raise OptionError(
-                f"{who}: norm='bn' has statistics of all windows together, which order='sequential' does not; use "
-                "norm='step_bn', or leave order out."
-            )
-        if cell in RECURRENT and phi >= STABLE_PHI and not allow_unstable:
-            raise OptionError(
-                f"{who}: phi must be below {STABLE_PHI} for a recurrent cell, got phi={phi} with cell={cell!r}: larger "
-                "ones are reported to collapse. Take phi=0.5, or allow_unstable=True to see for yourself."
-            )
         self.channels, self.kind, self.windows = channels, kind, windows
         self.coding, self.condense, self.or_grad, self.order = coding, condense, or_grad, order
         self.carry, self.hands_on, self.keep = carry, hands_on, "all"
-        constants: dict[str, Any] = {"v_threshold": v_threshold, "surrogate": surrogate}
-        neuron = WindowReLU if analog else partial(
-            WindowLIF, fuse=fuse, phi=phi, leak=leak, reset=reset, learn_phi=learn_phi, learn_threshold=learn_threshold,
-            **({"phi_limit": STABLE_PHI} if cell in RECURRENT else {}), **constants,
-        )  # fmt: skip
-        made_norm = None if norm == "none" else nn.RMSNorm if norm == "rms" else partial(create_norm, norm)
-        self.cell = WindowCell(cell, channels, neuron, made_norm, carry=carry, pairs=pairs)
+        neuron = partial(
+            WindowLIF,
+            fuse=fuse,
+            phi=phi,
+            leak=leak,
+            v_threshold=v_threshold,
+            reset=reset,
+            surrogate=surrogate,
+            learn_phi=learn_phi,
+            learn_threshold=learn_threshold,
+            phi_limit=STABLE_PHI if cell in RECURRENT else PHI_LIMIT,
+        )
+        self.cell = WindowCell(cell, channels, WindowReLU if analog else neuron, NORMS[norm], carry=carry, pairs=pairs)
         self.fc = dense(self.cell.width, channels)
-        fires = mlp == "spiking" and not analog
-        self.mlp = ChannelMLP(channels, dropout, partial(WindowLIF, fuse="none", **constants) if fires else None)
+        alone = partial(WindowLIF, fuse="none", v_threshold=v_threshold, surrogate=surrogate)
+        self.mlp = ChannelMLP(channels, dropout, alone if mlp == "spiking" and not analog else None)
 
     def forward(
-        self, x: "Tensor | Stream", state: Any = None, *, generator: torch.Generator | None = None
-    ) -> "tuple[Tensor | Stream, tuple[()]]":
+        self, x: Tensor | Stream, state: Any = None, *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor | Stream, tuple[()]]:
         """Run the block.
 
         Args:
@@ -262,97 +240,38 @@ class WindowSpike(nn.Module):
         )
 
 
-class ChannelMLP(nn.Module):
-    """Two linear maps of every pixel, C -> 3 C -> C: analog with GELU between, or with spikes in front of both.
-
-    Args:
-        channels: C.
-        dropout: share dropped, of the hidden values with GELU and of the output with spikes, which it would scale.
-        neuron: makes the neurons; None for GELU.
-
-    Shapes:
-        [B, H, W, C] -> the same.
-    """
-
-    def __init__(self, channels: int, dropout: float, neuron: "partial[Neuron] | None") -> None:
-        super().__init__()
-        if not 0 <= dropout < 1:
-            raise OptionError(f"ChannelMLP: dropout must lie in [0, 1), got {dropout}.")
-        self.up, self.down, self.dropout = dense(channels, 3 * channels), dense(3 * channels, channels), dropout
-        for layer in (self.up, self.down):
-            nn.init.normal_(layer.bias, std=1e-6)
-        self.fires = None if neuron is None else nn.ModuleList([neuron(), neuron()])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Every pixel by itself."""
-        if self.fires is None:
-            return self.down(F.dropout(F.gelu(self.up(x)), self.dropout, self.training))
-        for fire, layer in zip(self.fires, (self.up, self.down), strict=True):
-            x = layer(fire(x.unsqueeze(0), want_membranes=False)[0].squeeze(0))
-        return F.dropout(x, self.dropout, self.training)
-
-
-class PatchMerging(nn.Module):
-    """Halves the map and doubles the channels; membranes beside it have a map of their own.
-
-        y = W [x(0,0), x(1,0), x(0,1), x(1,1)]      of every 2x2 square, (row, column)
-
-    Args:
-        channels: C.
-        memory: width of the membranes that come with the map; None for none.
-
-    Shapes:
-        [1, B, C, H, W] -> [1, B, 2 C, H/2, W/2]; membranes [B, width, H, W] -> [B, 2 width, H/2, W/2].
-    """
-
-    consumes_time = False
-
-    def __init__(self, channels: int, memory: int | None = None) -> None:
-        super().__init__()
-        self.channels = channels
-        self.reduce = dense(4 * channels, 2 * channels, bias=False)
-        self.reduce_memory = None if memory is None else dense(4 * memory, 2 * memory, bias=False)
-
-    def forward(self, x: "Tensor | Stream", state: Any = None) -> "tuple[Tensor | Stream, tuple[()]]":
-        """Map, or map and membranes -> the same at half the side."""
-        if not isinstance(x, Stream):
-            return _merged(self.reduce, x[0]).unsqueeze(0), ()
-        if x.memory is None or self.reduce_memory is None:
-            raise StateError(
-                "PatchMerging: expected membranes beside the map exactly where it was made for them (memory=width), got "
-                f"{'none' if x.memory is None else tuple(x.memory.shape)}; make it with memory={self.channels} or None."
-            )
-        return Stream(_merged(self.reduce, x.x[0]).unsqueeze(0), _merged(self.reduce_memory, x.memory)), ()
-
-    def init_state(
-        self, batch_size: int, shape: tuple[int, ...], *, device: Any = None, dtype: Any = None
-    ) -> tuple[tuple[()], tuple[int, ...]]:
-        """(no state, shape of one output sample)."""
-        if len(shape) != 3 or shape[0] != self.channels or shape[1] % 2 or shape[2] % 2:
-            raise ShapeError(
-                f"PatchMerging: expected maps ({self.channels}, H, W) with even sides, got {tuple(shape)}. Pad or "
-                "resize the images."
-            )
-        return (), (2 * shape[0], shape[1] // 2, shape[2] // 2)
-
-
-def _merged(linear: nn.Module, x_BCHW: Tensor) -> Tensor:
-    corners = [x_BCHW[:, :, row::2, column::2] for column in (0, 1) for row in (0, 1)]
-    return linear(torch.cat(corners, 1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-def dense(channels: int, out: int, *, bias: bool = True) -> nn.Linear:
-    """A linear map with Xavier-uniform weights and no offset at first."""
-    made = nn.Linear(channels, out, bias=bias)
-    nn.init.xavier_uniform_(made.weight)
-    if bias:
-        nn.init.zeros_(made.bias)
-    return made
-
-
-def _check_choice(who: str, name: str, value: Any, known: tuple[str, ...]) -> None:
+def _check_choice(who: str, name: str, value: str, known: Iterable[str]) -> None:
     if value not in known:
         raise OptionError(f"{who}: {name} must be one of {', '.join(known)}, got {value!r}.")
+
+
+def _check_order(who: str, order: str, norm: str) -> None:
+    _check_choice(who, "order", order, ORDERS)
+    _check_choice(who, "norm", norm, NORMS)
+    if order == "sequential" and norm == "bn":
+        raise OptionError(
+            f"{who}: norm='bn' has statistics of all windows together, which order='sequential' does not; use "
+            "norm='step_bn', or leave order out."
+        )
+
+
+def _check_carry(who: str, carry: str, pairs: str, cell: str, windows: int) -> None:
+    _check_choice(who, "carry", carry, CARRIES)
+    _check_choice(who, "pairs", pairs, PAIRS)
+    if pairs == "release" and (carry != "layer" or CELLS[cell][1] != 1 or windows != 4):
+        raise OptionError(
+            f"{who}: pairs='release' is for membranes carried from block to block (carry='layer') in four windows of "
+            f"a cell with one layer of neurons, got carry={carry!r}, windows={windows} and cell={cell!r}; leave pairs "
+            "out."
+        )
+
+
+def _check_phi(who: str, phi: float, cell: str, allow_unstable: bool) -> None:
+    if cell in RECURRENT and phi >= STABLE_PHI and not allow_unstable:
+        raise OptionError(
+            f"{who}: phi must be below {STABLE_PHI} for a recurrent cell, got phi={phi} with cell={cell!r}: larger "
+            "ones are reported to collapse. Take phi=0.5, or allow_unstable=True to see for yourself."
+        )
 
 
 def _check_finite(values: Tensor) -> None:

@@ -8,6 +8,7 @@ without their sizes, which are ours.
 """
 
 from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 

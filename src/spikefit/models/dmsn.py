@@ -7,6 +7,7 @@ Source: Yao, Wu, Chen, Zhang, "Training a General Spiking Neural Network with Im
 ACML 2023 (PMLR 222, pp. 1558-1573), and its partial release (iverss1/ACML_SNN); options that neither has are ours.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from spikefit.errors import OptionError, ShapeError
 from spikefit.layers import GlobalAveragePool, Readout
-from spikefit.layers.window_block import PatchMerging, WindowSpike
+from spikefit.layers.window_block import WindowSpike
+from spikefit.layers.window_parts import PatchMerging
 from spikefit.models.checks import check_count, check_counts, check_input_shape, check_width
 from spikefit.models.network import SpikingNetwork
 
@@ -147,7 +149,7 @@ def _network(
     counts = check_counts(name, "depths", depths)
     if len(channels) != len(counts):
         raise OptionError(f"{name}: widths and depths list the same stages, got {widths} and {depths}.")
-    if any(after != 2 * before for before, after in zip(channels, channels[1:], strict=False)):
+    if any(after != 2 * before for before, after in itertools.pairwise(channels)):
         raise OptionError(f"{name}: merging doubles the channels from stage to stage, got widths {tuple(channels)}.")
     blocks: list[nn.Module] = [OneStepStem(shape[0], channels[0])]
     for stage, (c, count) in enumerate(zip(channels, counts, strict=True)):
@@ -212,6 +214,6 @@ class OneStepNetwork(SpikingNetwork):
         super()._check(x)
         if x.shape[0] != 1:
             raise ShapeError(
-                f"{type(self).__name__}: DMSN works in one step; got T={x.shape[0]} in {tuple(x.shape)}. Show the image "
-                "once, encoding.repeat(x, timesteps=1), in a recipe encoding.timesteps=1."
+                f"{type(self).__name__}: DMSN works in one step; got T={x.shape[0]} in {tuple(x.shape)}. Show the "
+                "image once, encoding.repeat(x, timesteps=1), in a recipe encoding.timesteps=1."
             )

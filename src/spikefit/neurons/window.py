@@ -141,8 +141,8 @@ class WindowLIF(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"fuse={self.fuse}, phi={_number(self.phi):g}, leak={self.leak:g}, v_threshold={_number(self.v_threshold):g}, "
-            f"reset {self.reset}, {self.surrogate}"
+            f"fuse={self.fuse}, phi={_number(self.phi):g}, leak={self.leak:g}, "
+            f"v_threshold={_number(self.v_threshold):g}, reset {self.reset}, {self.surrogate}"
         )
 
 
