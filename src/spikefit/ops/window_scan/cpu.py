@@ -293,7 +293,7 @@ def _backward(
             q = q_PN[p, lo:hi] if q_PN.shape[0] > 0 else zeros[:0]
             _to_input(g_PN[p, lo:hi], slope, u_all[p], q, dm[p], dx_PN[p, lo:hi], d, leak, theta, reset, strict)
             # a fusion with one source has no link in the place of the other
-            if fuse == A or fuse == C:
+            if fuse in (A, C):
                 _add(code_a, d, dgiven_PN, dm, lo, hi)
                 _add(code_c, d, dgiven_PN, dm, lo, hi)
             elif code_a != 0 or code_c != 0:

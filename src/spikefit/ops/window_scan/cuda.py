@@ -6,6 +6,7 @@ bit. Backward rebuilds the membranes of a block, then goes back through its wind
 of the windows that read it. `TRITON_INTERPRET=1`, set before this file is imported, runs the kernels on CPU tensors.
 """
 
+# ruff: noqa: RUF005  (Triton reads no starred tuples)
 import math
 
 import triton
