@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 # Memory stays with the process: an op of milliseconds is then timed, not the page faults of its results.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
-OPS = ("lif_op", "reversible_node")
+OPS = ("lif_op", "reversible_node", "windows")
 # name -> whether it needs the environment of the peers
 BENCHMARKS = {
     "lif_op": False,
@@ -31,6 +31,7 @@ BENCHMARKS = {
     "reversible_node": False,
     "reversible_depth": False,
     "trevsnn": False,
+    "windows": False,
 }
 
 

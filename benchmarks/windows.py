@@ -125,8 +125,11 @@ def main() -> int:
         part = PARTS[name](7 if args.quick else 21)
         if part.wrong is not None:
             print(f"windows: {name} is RED, no times: {part.wrong}.")
-            write({k: record[k] for k in record if k not in ("seconds", "ratios")}
-                  | {"parity": False, "disagreement": f"{name}: {part.wrong}"}, args.out)
+            write(
+                {k: record[k] for k in record if k not in ("seconds", "ratios")}
+                | {"parity": False, "disagreement": f"{name}: {part.wrong}"},
+                args.out,
+            )
             return 1
         print(f"windows: {name}: same spikes, gradients agree; threads {args.threads}")
         for key in ("seconds", "ratios", "targets"):

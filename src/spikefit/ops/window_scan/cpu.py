@@ -211,6 +211,12 @@ def _hand_on(u, m, theta, reset, strict):
             m[i] = after_reset(u[i], fires(u[i], theta, strict), theta, reset, ZERO)
 
 
+@numba.njit(cache=True, error_model="numpy")
+def _copy(u, out):
+    for i in range(u.size):  # a slice on the left takes twice the time
+        out[i] = u[i]
+
+
 @numba.njit(cache=True, error_model="numpy", parallel=True)
 def _forward(x_RN, given_PN, spikes_PN, m_PN, codes, fuse, h, leak, theta, reset, strict):
     P, N = spikes_PN.shape
@@ -227,7 +233,7 @@ def _forward(x_RN, given_PN, spikes_PN, m_PN, codes, fuse, h, leak, theta, reset
             if reset != NONE:
                 _hand_on(u, u, theta, reset, strict)
             if m_PN.shape[0] > 0:
-                m_PN[p, lo:hi] = u
+                _copy(u, m_PN[p, lo:hi])
 
 
 @numba.njit(cache=True, error_model="numpy")
@@ -286,11 +292,11 @@ def _backward(
             fill_slope(u_all[p], slope, theta, kind, parameter)
             q = q_PN[p, lo:hi] if q_PN.shape[0] > 0 else zeros[:0]
             _to_input(g_PN[p, lo:hi], slope, u_all[p], q, dm[p], dx_PN[p, lo:hi], d, leak, theta, reset, strict)
-            if fuse == A:
+            # a fusion with one source has no link in the place of the other
+            if fuse in (A, C):
                 _add(code_a, d, dgiven_PN, dm, lo, hi)
-            elif fuse == C:
                 _add(code_c, d, dgiven_PN, dm, lo, hi)
-            elif fuse != 0 and (code_a != 0 or code_c != 0):
+            elif code_a != 0 or code_c != 0:
                 a = _source(code_a, given_PN, made, zeros, lo, hi)
                 c = _source(code_c, given_PN, made, zeros, lo, hi)
                 _fuse_back(a, c, d, da, dc, fuse, h)

@@ -7,7 +7,7 @@ from numbers import Real
 from spikefit.errors import OptionError
 from spikefit.ops.lif.equation import RESETS, Reset
 from spikefit.ops.surrogate import Surrogate, parse_surrogate
-from spikefit.ops.window_scan.fusion import FUSIONS
+from spikefit.ops.window_scan.fusion import FUSIONS, reads
 from spikefit.ops.window_scan.links import Links
 
 
@@ -16,7 +16,7 @@ class Equation:
     """u_p = leak fuse(A_p, C_p) + x_p;  s_p = [u_p > theta];  m_p = reset(u_p, s_p).
 
     Attributes:
-        links: A_p and C_p of every window.
+        links: A_p and C_p of every window; zeros where the fusion does not look.
         fuse: a key of `FUSIONS`.
         leak: share of the fused membrane that a window starts from.
         reset: "none" (m = u), "soft" (m = u - theta s) or "hard" (m = u (1 - s)); s carries no gradient there.
@@ -50,4 +50,4 @@ class Equation:
             raise OptionError(f"window_scan: reset must be one of {', '.join(RESETS)}, got {reset!r}.")
         if not (isinstance(leak, Real) and 0 <= leak <= 1):
             raise OptionError(f"window_scan: leak must be a number in [0, 1], got {leak!r}.")
-        return cls(links, fuse, float(leak), reset, strict, parse_surrogate(surrogate))  # type: ignore[arg-type]
+        return cls(links.only(*reads(fuse)), fuse, float(leak), reset, strict, parse_surrogate(surrogate))  # type: ignore[arg-type]

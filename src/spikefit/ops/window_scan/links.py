@@ -67,9 +67,14 @@ class Links:
         links = [Link.decode(code) for code in codes]
         return cls(tuple(zip(links[::2], links[1::2], strict=True)))
 
-    def reads_given(self, *, a: bool = True, c: bool = True) -> bool:
-        """Whether a window reads a given tensor, counting only the sources A (`a`) or C (`c`)."""
-        return any((a and A.source == "given") or (c and C.source == "given") for A, C in self.pairs)
+    @property
+    def reads_given(self) -> bool:
+        """Whether a window reads a given tensor."""
+        return any(link.source == "given" for pair in self.pairs for link in pair)
+
+    def only(self, a: bool, c: bool) -> "Links":
+        """The same with zeros in the place of A unless `a`, and of C unless `c`."""
+        return Links(tuple((A if a else NOTHING, C if c else NOTHING) for A, C in self.pairs))
 
 
 def _check_link(link: Link, p: int, windows: int) -> None:

@@ -11,7 +11,7 @@ from spikefit.ops.lif.reference import Scalar
 from spikefit.ops.surrogate import FORMS, Surrogate, rect
 from spikefit.ops.window_scan import reference
 from spikefit.ops.window_scan.equation import Equation
-from spikefit.ops.window_scan.fusion import COMPILED, check_phi, check_threshold, reads
+from spikefit.ops.window_scan.fusion import COMPILED, check_phi, check_threshold
 from spikefit.ops.window_scan.links import Links
 
 
@@ -74,7 +74,7 @@ def window_scan(
     check_phi("window_scan", phi)
     check_threshold("window_scan", v_threshold)
     _check_input(x, links)
-    given = _checked_given(x, given, equation)
+    given = _checked_given(x, given, links, equation)
     chosen = _choose_backend(x, equation, phi, v_threshold, backend)
     if chosen == "reference":
         spikes, membranes = reference.window_scan(x, given, phi=phi, v_threshold=v_threshold, equation=equation)
@@ -100,10 +100,9 @@ def _check_input(x: Tensor, links: Links) -> None:
         )
 
 
-def _checked_given(x: Tensor, given: Tensor | None, equation: Equation) -> Tensor | None:
-    """`given` if a window reads it, else None."""
-    a, c = reads(equation.fuse)
-    needed = equation.links.reads_given(a=a, c=c)
+def _checked_given(x: Tensor, given: Tensor | None, links: Links, equation: Equation) -> Tensor | None:
+    """`given` if a window reads it, else None; a fusion may ignore what the links read."""
+    needed = equation.links.reads_given
     if given is None:
         if needed:
             raise OptionError(
@@ -111,7 +110,7 @@ def _checked_given(x: Tensor, given: Tensor | None, equation: Equation) -> Tenso
                 f"pass given of shape {tuple(x.shape)}, or links that read none, such as in_turn({x.shape[0]})."
             )
         return None
-    if not equation.links.reads_given():
+    if not links.reads_given:
         raise OptionError("window_scan: given was passed, but no window of these links reads it; leave it out.")
     compute = compute_dtype(x.dtype)
     if given.shape != x.shape or given.dtype != compute or given.device != x.device:

@@ -4,6 +4,8 @@ Arithmetic is float32 (float64 for float64 input); spikes take the dtype of the 
 dtype. Simple on purpose: the kernels are tested against this file. The equations stand in `Equation`.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -32,10 +34,9 @@ def window_scan(
 
 
 def _read(link: Link, given_PBN: Tensor | None, made: list[Tensor], zeros_BN: Tensor) -> Tensor:
-    # a fusion that ignores a source gets zeros in its place, if nothing was given
-    if link.source == "zeros" or (link.source == "given" and given_PBN is None):
+    if link.source == "zeros":
         return zeros_BN
-    return made[link.window] if given_PBN is None or link.source == "made" else given_PBN[link.window]
+    return made[link.window] if link.source == "made" else cast(Tensor, given_PBN)[link.window]
 
 
 def _after_reset(u: Tensor, s: Tensor, v_threshold: Scalar, equation: Equation) -> Tensor:
