@@ -23,12 +23,16 @@ SMALL = {
     "trevsnn_small": {"widths": [8, 16, 8, 16], "input_shape": (3, 32, 32), "num_classes": 10},
     "trevsnn_dvs": {"widths": [8, 8, 16, 16], "input_shape": (2, 16, 16), "timesteps": 3},
     "trevsnn_mini": {"widths": [8, 8, 8, 16], "input_shape": (3, 16, 16)},
+    "dmsn_cnn12": {"widths": [4, 8], "depths": [1, 1], "input_shape": (3, 16, 16)},
+    "dmsn_lstm12": {"widths": [4, 8], "depths": [1, 1], "input_shape": (3, 16, 16)},
+    "dmsn_cnn12_ann": {"widths": [4, 8], "depths": [1, 1], "input_shape": (3, 16, 16)},
+    "dmsn_lstm12_ann": {"widths": [4, 8], "depths": [1, 1], "input_shape": (3, 16, 16)},
     "har_mlp": {"hidden": 32},
     "har_conv": {"timesteps": 16, "widths": [8, 8]},
 }
 
-# networks with a sub-network per step have tests of their own, test_trevsnn.py
-UNFOLDED = [name for name in MODELS if not name.startswith("trevsnn")]
+# networks with a sub-network per step, or of one step, have tests of their own, test_trevsnn.py and test_dmsn.py
+UNFOLDED = [name for name in MODELS if not name.startswith(("trevsnn", "dmsn"))]
 
 
 def small(name, **options):
