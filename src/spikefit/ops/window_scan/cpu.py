@@ -75,12 +75,11 @@ def backward(
             if len(dgiven_PN) > 0:
                 dgiven_PN[:, cut] = dgiven
         return
-    surrogate = equation.surrogate
+    slope: tuple = FORMS[equation.surrogate.name].kernel, np.float32(equation.surrogate.parameter)
     use_torch_threads()
     _backward(
         g_PN.numpy(), _rows(q_PN), x_RN.numpy(), _rows(given_PN), dx_PN.numpy(), dgiven_PN.numpy(),
-        np.array(equation.links.codes), *_numbers(phi, v_threshold, equation),
-        FORMS[surrogate.name].kernel, np.float32(surrogate.parameter),
+        np.array(equation.links.codes), *_numbers(phi, v_threshold, equation), *slope,
     )  # fmt: skip
 
 
