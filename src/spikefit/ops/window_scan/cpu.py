@@ -21,8 +21,8 @@ from spikefit.ops.window_scan import sine
 from spikefit.ops.window_scan.equation import Equation
 from spikefit.ops.window_scan.fusion import COMPILED
 
-# Neurons per block: with four windows, backward works on 15 rows of 4 KiB.
-WIDTH = 1024
+# Neurons per block: with four windows, backward works on 14 rows of 8 KiB.
+WIDTH = 2048
 
 A, C, SUM, MEAN, RELU, OMEGA = (COMPILED.index(name) for name in ("a", "c", "sum", "mean", "relu", "omega"))
 NONE, HARD = RESETS.index("none"), RESETS.index("hard")
