@@ -142,7 +142,7 @@ def test_half_precision(backend, name, dtype, monkeypatch):
     if backend == "numba":
         from spikefit.ops.window_scan import cpu
 
-        monkeypatch.setattr(cpu, "HALF_BLOCK", 4096)  # 1024 neurons at a time: the last cut is ragged
+        monkeypatch.setattr(cpu, "HALF_BLOCK", 4096)  # one block of neurons at a time: the last cut is ragged
     x, given = inputs(4, 3, 700 if backend == "numba" else 50, dtype=dtype)
     got, wanted = (run_scan(b, x, given, name, "omega", reset="soft") for b in (backend, "reference"))
     assert got["spikes"].dtype == got["d x"].dtype == dtype

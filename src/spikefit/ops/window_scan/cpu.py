@@ -21,8 +21,8 @@ from spikefit.ops.window_scan import sine
 from spikefit.ops.window_scan.equation import Equation
 from spikefit.ops.window_scan.fusion import COMPILED
 
-# Neurons per block: with four windows, backward works on 15 rows of 4 KiB.
-WIDTH = 1024
+# Neurons per block: with four windows, backward works on 14 rows of 8 KiB.
+WIDTH = 2048
 
 A, C, SUM, MEAN, RELU, OMEGA = (COMPILED.index(name) for name in ("a", "c", "sum", "mean", "relu", "omega"))
 NONE, HARD = RESETS.index("none"), RESETS.index("hard")
@@ -75,12 +75,11 @@ def backward(
             if len(dgiven_PN) > 0:
                 dgiven_PN[:, cut] = dgiven
         return
-    surrogate = equation.surrogate
+    slope: tuple = FORMS[equation.surrogate.name].kernel, np.float32(equation.surrogate.parameter)
     use_torch_threads()
     _backward(
         g_PN.numpy(), _rows(q_PN), x_RN.numpy(), _rows(given_PN), dx_PN.numpy(), dgiven_PN.numpy(),
-        np.array(equation.links.codes), *_numbers(phi, v_threshold, equation),
-        FORMS[surrogate.name].kernel, np.float32(surrogate.parameter),
+        np.array(equation.links.codes), *_numbers(phi, v_threshold, equation), *slope,
     )  # fmt: skip
 
 

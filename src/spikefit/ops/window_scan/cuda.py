@@ -207,7 +207,7 @@ def _forward_kernel(
         tl.store(s_ptr + (n + p * rows), s.to(s_ptr.dtype.element_ty), mask=here)
         if MEMBRANES:
             tl.store(m_ptr + (n + p * rows), m, mask=here)
-        made = made + (m,)
+        made = made + (m,)  # type: ignore[assignment]
 
 
 @triton.jit
@@ -225,8 +225,8 @@ def _backward_kernel(
         c = _source(LINKS[2 * p + 1], given_ptr, made, n, rows, here)
         x = tl.load(x_ptr + (n if REPEATED else n + p * rows), mask=here, other=0.0).to(tl.float32)
         u = leak * _fuse(a, c, h, FUSE) + x
-        charged = charged + (u,)
-        made = made + (_hand_on(u, fire(u, theta, STRICT), theta, RESET),)
+        charged = charged + (u,)  # type: ignore[assignment]
+        made = made + (_hand_on(u, fire(u, theta, STRICT), theta, RESET),)  # type: ignore[assignment]
 
     # gradients of the sources, from the last window to the first
     da_all, dc_all = (), ()
@@ -244,7 +244,7 @@ def _backward_kernel(
         a = _source(LINKS[2 * (P - 1 - i)], given_ptr, made, n, rows, here)
         c = _source(LINKS[2 * (P - 1 - i) + 1], given_ptr, made, n, rows, here)
         da, dc = _fuse_back(a, c, leak * d, h, FUSE)
-        da_all, dc_all = da_all + (da,), dc_all + (dc,)
+        da_all, dc_all = da_all + (da,), dc_all + (dc,)  # type: ignore[assignment]
 
     if GIVEN:
         for k in tl.static_range(P):

@@ -50,4 +50,4 @@ class Equation:
             raise OptionError(f"window_scan: reset must be one of {', '.join(RESETS)}, got {reset!r}.")
         if not (isinstance(leak, Real) and 0 <= leak <= 1):
             raise OptionError(f"window_scan: leak must be a number in [0, 1], got {leak!r}.")
-        return cls(links.only(*reads(fuse)), fuse, float(leak), reset, strict, parse_surrogate(surrogate))  # type: ignore[arg-type]
+        return cls(links.only(*reads(fuse)), fuse, float(leak), reset, strict, parse_surrogate(surrogate))
