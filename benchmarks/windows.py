@@ -7,6 +7,9 @@ The first layer runs its windows in turn (fuse="a"), the second behind it (fuse=
 32, 96 channels, float32. The loop is what one writes without this library: torch.sin, torch.cos and a step with a
 rectangular slope, by autograd. All run in turns in one process, so they share threads and allocator.
 
+Part `block`: a whole dilated block on a map of 16 x 16, same batch and channels; the loop calls both convolutions once
+per window.
+
 No time of a part is printed unless spikes are equal and gradients agree. A further part is a function that returns a
 `Part`, with names of its own for seconds and ratios, and a row in `PARTS`.
 """
@@ -21,6 +24,8 @@ import torch
 from harness import describe, interleave, ratio, write
 from torch import Tensor
 
+from spikefit.layers.window_block import WindowSpike
+from spikefit.layers.windows import recompose, windows_of
 from spikefit.ops.window_scan import behind, in_turn, window_scan
 
 SHAPE = (4, 32, 96, 12, 12)
@@ -106,8 +111,49 @@ def scans(rounds: int) -> Part:
     return Part(None, seconds, {name: ratio(seconds, "torch loop", "ours")}, {name: ">= 2"})
 
 
+def block_loop(block: WindowSpike, x: Tensor) -> Tensor:
+    """A whole block, window by window, in plain torch: two convolutions and two steps of a membrane each."""
+    windows = windows_of(block.kind, block.windows, (x.shape[3], x.shape[4]))
+    pixels = x[0].permute(0, 2, 3, 1).contiguous()
+    first, second = block.cell.weights
+    h, u1, u2, spikes = PHI * math.pi / 2, 0.0, 0.0, []
+    for (row, column), (high, wide) in ((place, windows.side) for place in windows.offsets):
+        seen = pixels[:, row : row + high, column : column + wide]
+        coded = (seen > 0.5).to(x.dtype).permute(0, 3, 1, 2)
+        start = 2 * torch.sin(h * u1) * torch.cos(h * u2) if spikes else 0.0
+        u1 = LEAK * u1 + first(coded)
+        u2 = LEAK * start + second(Step.apply(u1 - THRESHOLD))
+        spikes.append(Step.apply(u2 - THRESHOLD).permute(0, 2, 3, 1))
+    pixels = pixels + block.fc(recompose(torch.stack(spikes), windows, block.condense))
+    return (pixels + block.mlp(pixels)).permute(0, 3, 1, 2).unsqueeze(0)
+
+
+def blocks(rounds: int) -> Part:
+    """A whole block: coding, convolutions, scans, recomposition and MLP, all windows at once against one by one."""
+    torch.manual_seed(0)
+    channels, side = SHAPE[2], SHAPE[3] * 4 // 3
+    # a coding without draws, so that both see the same spikes; it has a gradient, and the loop would have none
+    block = WindowSpike(channels, kind="dilated", coding="heaviside")
+    x = torch.randn((1, SHAPE[1], channels, side, side)).mul_(0.6).add_(0.5)
+    parameters = list(block.parameters())
+    g = torch.randn(x.shape)
+
+    def run(forward: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        out = forward(x)
+        return (out.detach(), *torch.autograd.grad(out, parameters, g))
+
+    ours, looped = (lambda x: block(x)[0]), (lambda x: block_loop(block, x))
+    for got, wanted in zip(run(ours), run(looped), strict=True):
+        off = (got - wanted).abs() > 1e-3 * wanted.abs().max()
+        if off.float().mean() > 1e-4:
+            return Part(f"block and loop: {int(off.sum())} of {got.numel()} values differ", {}, {}, {})
+    seconds = interleave({"block, ours": lambda: run(ours), "block, loop": lambda: run(looped)}, rounds=rounds)
+    name = "block: torch loop / ours"
+    return Part(None, seconds, {name: ratio(seconds, "block, loop", "block, ours")}, {name: "reported"})
+
+
 # name -> what runs it, given the number of rounds
-PARTS: dict[str, Callable[[int], Part]] = {"scans": scans}
+PARTS: dict[str, Callable[[int], Part]] = {"scans": scans, "block": blocks}
 
 
 def main() -> int:
