@@ -189,6 +189,7 @@ class _LiveBytes(TorchDispatchMode):
     def __init__(self, device: str) -> None:
         super().__init__()
         self.device, self.now, self.stage, self.packed = device, 0, "forward", 0
+        self.reserves = False
         self.peaks: dict[str, int] = {}
         self.known: dict[int, weakref.finalize] = {}
         self.lives: list[_Life] = []
@@ -197,6 +198,8 @@ class _LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        if func._schema.name == "aten::mkldnn_rnn_layer":
+            out, self.reserves = _with_workspace(args, out), True
         self.clock += 1
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for t in tree_leaves(out):
@@ -240,6 +243,14 @@ class _LiveBytes(TorchDispatchMode):
         self.now -= life.size
         life.death = self.clock
         self.known.pop(key, None)
+
+
+def _with_workspace(args: tuple[Any, ...], out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The results of an LSTM of oneDNN, with a workspace of the size it has with values."""
+    (T, B, inputs), hidden = args[0].shape, args[2].shape[1]
+    # oneDNN keeps gates, states and their gradients of every step, in rows of whole cache lines
+    row = -(-max(inputs, hidden) // 16) * 16
+    return (*out[:3], out[3].new_empty(4 * B * row * (15 * T + 10)))
 
 
 def scratch_bytes(func: Any, args: tuple[Any, ...]) -> int:
@@ -294,12 +305,14 @@ class PredictedBytes:
         saved: what is held between forward and backward.
         stages: "forward UNIT", "loss" and "backward UNIT" -> peak of the live tensors in it, without margin.
         alive: what is alive at the peak, "STAGE: OPERATION" that made it -> bytes, largest first.
+        reserves: whether an operation reserves a workspace of which it writes a part alone.
     """
 
     peak: int
     saved: SavedBytes
     stages: dict[str, int] = field(default_factory=dict)
     alive: dict[str, int] = field(default_factory=dict)
+    reserves: bool = False
 
     @property
     def peak_stage(self) -> str:
@@ -312,9 +325,11 @@ class PredictedBytes:
         return int((1 + MARGIN) * live) + CONSTANT
 
 
-def reliability(x: Tensor, peak: int, *, autocast: bool, device: str | None = None) -> str:
-    """What the predicted `peak` of a step is worth: a promise, or an estimate with the reason why it is no more."""
+def reliability(x: Tensor, predicted: PredictedBytes, *, autocast: bool, device: str | None = None) -> str:
+    """What the predicted peak of a step is worth: a promise, or an estimate with the reason why it is no more."""
+    peak = predicted.peak
     reasons = {
+        "an LSTM reserves memory of which it writes about half, so the step takes less": predicted.reserves,
         "half precision: float32 copies inside kernels are not counted": autocast or x.element_size() < 4,
         f"below {PROMISED_FROM >> 20} MiB the heap of the process counts too": peak < PROMISED_FROM,
         "on CUDA, workspaces of cuDNN are not known": (device or x.device.type) != "cpu",
@@ -375,7 +390,8 @@ def predicted_bytes(
             f"predict: {type(model).__name__} cannot run on fake tensors, which have shapes but no values "
             f"({str(error).splitlines()[0]}); remove .item() and the like, or measure a real step."
         ) from error
-    return PredictedBytes(PredictedBytes.with_margin(live.top), saved, live.peaks, live.alive_at_peak())
+    peak = PredictedBytes.with_margin(live.top)
+    return PredictedBytes(peak, saved, live.peaks, live.alive_at_peak(), live.reserves)
 
 
 class _Stages(Watcher):

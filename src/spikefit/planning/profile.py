@@ -207,7 +207,7 @@ def _profile(step: Step, target: Target | None, predict_only: bool, repeats: int
             **_settings(module, x, autocast),
             "inverse_anchor_every": [] if membranes is None else membranes.anchor_every,
             "integer_assumes_grid": membranes is not None and membranes.assumes_grid,
-            "prediction": reliability(x, predicted.peak, autocast=autocast, device=step.device),
+            "prediction": reliability(x, predicted, autocast=autocast, device=step.device),
         },
     )
 
