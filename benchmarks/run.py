@@ -32,6 +32,7 @@ BENCHMARKS = {
     "reversible_depth": False,
     "trevsnn": False,
     "windows": False,
+    "dmsn": False,
 }
 
 
