@@ -231,7 +231,7 @@ def test_two_hundred_steps_lower_the_loss(name):
 
 
 def test_the_prediction_knows_the_workspace_of_an_lstm():
-    found = profile("dmsn_lstm12", timesteps=1, batch=4, predict_only=True, **{"width": 1 / 6})
+    found = profile("dmsn_lstm12", timesteps=1, batch=4, predict_only=True, width=1 / 6)
     assert "an LSTM reserves memory of which it writes about half" in found.settings["prediction"]
     model, x = create_model("dmsn_lstm12", width=1 / 6, dropout=0.1), torch.rand(1, 4, 3, 32, 32)
     assert 0.9 <= found.saved_bytes / kept_bytes(model, x) <= 1.3

@@ -184,3 +184,11 @@ def test_recipes_do_not_change():
 def test_encoding_none_is_the_time_axis_of_the_data():
     recipe = load_recipe({"model": {"name": "har_mlp"}, "encoding": {"name": "none"}})
     assert recipe.encoding.name == "sequence"
+
+
+def test_a_model_of_one_step_sets_the_steps_and_refuses_others():
+    assert load_recipe({"model": {"name": "dmsn_cnn12"}}).encoding.timesteps == 1
+    assert load_recipe({"model": "dmsn_lstm12_ann"}).encoding.timesteps == 1
+    with pytest.raises(RecipeError, match=r"model dmsn_cnn12: it works in 1 time step only.*write timesteps=1"):
+        load_recipe({"model": "dmsn_cnn12"}).override({"timesteps": "4"})
+    assert load_recipe({"model": "vgg6"}).encoding.timesteps == 8

@@ -162,10 +162,25 @@ def _network(
             body = blocks[-1]
             assert isinstance(body, WindowSpike)
             blocks.append(PatchMerging(c, body.cell.width if body.carry == "layer" else None))
+    _check_sides(name, shape, blocks)
     head = Readout(channels[-1], check_count(name, "num_classes", classes))
     nn.init.zeros_(head.linear.weight)
     nn.init.zeros_(head.linear.bias)
     return OneStepNetwork([*blocks, GlobalAveragePool(), head], input_shape=shape)
+
+
+def _check_sides(name: str, image: tuple[int, ...], blocks: list[nn.Module]) -> None:
+    """Raise ShapeError unless the maps of an image divide into windows all the way."""
+    shape, stages = image, 1 + sum(isinstance(block, PatchMerging) for block in blocks)
+    for block in blocks:
+        try:
+            _, shape = block.init_state(1, shape, device="meta")  # type: ignore[operator]
+        except ShapeError as error:
+            fact = str(error).partition(";")[0].partition(". ")[0]
+            raise ShapeError(
+                f"{name}: images of {image[1]}x{image[2]} do not divide all the way ({fact}). Pad or resize them so "
+                f"that sides are multiples of {2 ** (stages + 1)}, or take fewer stages (widths, depths)."
+            ) from None
 
 
 class OneStepStem(nn.Module):

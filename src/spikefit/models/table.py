@@ -21,10 +21,17 @@ from spikefit.models.vgg import vgg
 
 @dataclass(frozen=True)
 class ModelKind:
-    """One row of the table: how to make the model, and a line about it."""
+    """One row of the table.
+
+    Attributes:
+        make: makes the model.
+        summary: a line about it.
+        timesteps: the only number of steps that it works in; None for any.
+    """
 
     make: Callable[..., SpikingNetwork]
     summary: str
+    timesteps: int | None = None
 
 
 MODELS: dict[str, ModelKind] = {
@@ -42,10 +49,14 @@ MODELS: dict[str, ModelKind] = {
     "trevsnn_small": ModelKind(partial(trevsnn, "trevsnn_small"), "the same, wider: 32.3 M parameters"),
     "trevsnn_dvs": ModelKind(partial(trevsnn, "trevsnn_dvs"), "the same for frames of events, T = 8, 10.4 M"),
     "trevsnn_mini": ModelKind(partial(trevsnn, "trevsnn_mini"), "the same for images of 32x32, 0.26 M parameters"),
-    "dmsn_cnn12": ModelKind(partial(dmsn, "dmsn_cnn12"), "one time step, 12 blocks of windows, convolutions; 13.9 M"),
-    "dmsn_lstm12": ModelKind(partial(dmsn, "dmsn_lstm12"), "the same with LSTMs inside the windows; 14.9 M parameters"),
-    "dmsn_cnn12_ann": ModelKind(partial(dmsn_ann, "dmsn_cnn12_ann"), "analog twin of dmsn_cnn12, no spikes"),
-    "dmsn_lstm12_ann": ModelKind(partial(dmsn_ann, "dmsn_lstm12_ann"), "analog twin of dmsn_lstm12, no spikes"),
+    "dmsn_cnn12": ModelKind(
+        partial(dmsn, "dmsn_cnn12"), "one time step, 12 blocks of windows, convolutions; 13.9 M", 1
+    ),
+    "dmsn_lstm12": ModelKind(
+        partial(dmsn, "dmsn_lstm12"), "the same with LSTMs inside the windows; 14.9 M parameters", 1
+    ),
+    "dmsn_cnn12_ann": ModelKind(partial(dmsn_ann, "dmsn_cnn12_ann"), "analog twin of dmsn_cnn12, no spikes", 1),
+    "dmsn_lstm12_ann": ModelKind(partial(dmsn_ann, "dmsn_lstm12_ann"), "analog twin of dmsn_lstm12, no spikes", 1),
     "har_mlp": ModelKind(har_mlp, "four equal dense layers, one sensor sample per time step"),
     "har_conv": ModelKind(har_conv, "convolutions over time for windows of sensor samples"),
 }

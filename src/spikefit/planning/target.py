@@ -30,7 +30,7 @@ class Target:
         model: a name of the zoo, or "package.module:factory" of your own, importable from the working directory.
         options: keyword options of the model.
         strategy, backend: how it runs; None for the strategy with which the model is made.
-        timesteps, batch: T and B.
+        timesteps, batch: T and B; None for the only T that the model works in, or 8.
         input_shape: shape of one sample; None takes that of the model.
         encoding: "repeat" shows one sample at every step (static images), "sequence" makes a dense one; None takes
             "repeat" for images.
@@ -41,21 +41,27 @@ class Target:
     options: dict[str, Any] = field(default_factory=dict)
     strategy: str | None = None
     backend: str = "auto"
-    timesteps: int = 8
+    timesteps: int | None = None
     batch: int = 64
     input_shape: tuple[int, ...] | None = None
     encoding: str | None = None
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("timesteps", "batch"):
-            value = getattr(self, name)
+        for name, value in (("timesteps", self.steps), ("batch", self.batch)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise OptionError(f"profile: {name} must be a whole number of at least 1, got {value!r}.")
         if self.encoding not in (None, "repeat", "sequence"):
             raise OptionError(f"profile: encoding must be 'repeat' or 'sequence', got {self.encoding!r}.")
         if self.dtype not in ("float32", "float64", "bfloat16"):
             raise OptionError(f"profile: dtype must be float32, float64 or bfloat16, got {self.dtype!r}.")
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        if self.timesteps is not None:
+            return self.timesteps
+        return (self.model in MODELS and MODELS[self.model].timesteps) or 8
 
     def build(self) -> nn.Module:
         """Make the model, in training mode, with strategy and dtype set."""
@@ -69,7 +75,7 @@ class Target:
             else:
                 # a network of fixed length gets that of the sample
                 if self.model in MODELS and "timesteps" in model_options(self.model):
-                    options.setdefault("timesteps", self.timesteps)
+                    options.setdefault("timesteps", self.steps)
                 model = create_model(self.model, **options)
         if self.strategy is not None:
             set_strategy(model, self.strategy)
@@ -82,7 +88,7 @@ class Target:
             raise OptionError(f"profile: {self.model} has no input_shape; give image=CxHxW or input_shape=C.")
         repeated = None if self.encoding is None else self.encoding == "repeat"
         dtype = torch.float64 if self.dtype == "float64" else torch.float32
-        return random_sample(tuple(shape), self.timesteps, self.batch, repeated=repeated, dtype=dtype)
+        return random_sample(tuple(shape), self.steps, self.batch, repeated=repeated, dtype=dtype)
 
     def step(self, loss: "LossFunction | None" = None, *, shapes_only: bool = False) -> "Step":
         """Its training step; with `shapes_only` of tensors that have no memory, enough for all that is predicted."""

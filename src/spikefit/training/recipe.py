@@ -272,6 +272,16 @@ class Recipe(BaseModel):
         rest = {k: v for k, v in model.items() if k != "preset"}
         return {"neuron": preset.neuron, "norm": preset.norm, **values, "model": rest}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_steps(cls, values: Any) -> Any:
+        """A recipe without an encoding shows images as often as its model can be run."""
+        model = values.get("model") if isinstance(values, dict) else None
+        only = _only_steps(model.get("name") if isinstance(model, dict) else model)
+        if only is None or "encoding" in values:
+            return values
+        return {**values, "encoding": {"name": "repeat", "timesteps": only}}
+
     status: str = "untested"
     seed: Annotated[int, Field(ge=0)] = 0
     backend: Literal["auto", "reference", "numba", "triton"] = "auto"
@@ -283,6 +293,17 @@ class Recipe(BaseModel):
     strategy: Annotated[StrategySection, BeforeValidator(_named)] = StrategySection()
     loss: Annotated[LossSection, BeforeValidator(_named)] = LossSection()
     train: TrainSection = TrainSection()
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        """Refuse a number of steps that the model does not work in."""
+        only, given = _only_steps(self.model.name), self.encoding.timesteps
+        if only is not None and given not in (None, only):
+            raise OptionError(
+                f"model {self.model.name}: it works in {only} time step{'s' * (only > 1)} only, got "
+                f"encoding.timesteps={given}; write timesteps={only}."
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_fixed_parts(self) -> Self:
@@ -327,6 +348,11 @@ class Recipe(BaseModel):
         from spikefit.training.grammar import apply_changes  # here, because the grammar reads the sections above
 
         return load_recipe(apply_changes(self, changes))
+
+
+def _only_steps(model: Any) -> int | None:
+    """The only number of steps that a model of the zoo works in, if there is one."""
+    return MODELS[model].timesteps if isinstance(model, str) and model in MODELS else None
 
 
 def load_recipe(source: "str | Path | Mapping[str, Any] | Recipe") -> Recipe:
