@@ -528,6 +528,8 @@ BAD = [
     ({"pairs": "release"}, "leave pairs out"),
     ({"cell": "lstm", "pairs": "release", "windows": 2}, "pairs='release' is for membranes carried"),
     ({"norm": "bn", "order": "sequential"}, "use norm='step_bn', or leave order out"),
+    ({"cell": "lstm", "carry": "block", "phi": 0.3}, "fuse, phi and learn_phi have no effect.*use carry='layer'"),
+    ({"cell": "mlp", "fuse": "sum"}, "carried as it is"),
     ({"dropout": 1.0}, r"dropout must lie in \[0, 1\)"),
     ({"leak": 1.5}, r"leak must lie in \[0, 1\]"),
     ({"v_threshold": 0.0}, "v_threshold must be a finite number > 0"),

@@ -21,6 +21,7 @@ from spikefit.layers.windows import CONDENSES, OR_GRADIENTS, Windows, check_wind
 from spikefit.neurons.window import PHI_LIMIT, STABLE_PHI, WindowLIF, WindowReLU
 
 CARRIES: tuple[str, ...] = ("block", "layer")
+PHI = 0.5
 ORDERS: tuple[str, ...] = ("batched", "sequential")
 PAIRS: tuple[str, ...] = ("own", "release")
 MLPS: tuple[str, ...] = ("gelu", "spiking")
@@ -48,7 +49,8 @@ class WindowSpike(nn.Module):
         kind: "tile" or "dilated", see `windows_of`.
         windows: 1, 2 or 4.
         fuse: how two membranes become one, a key of `FUSIONS`; default "omega" as in the paper, "omega_release" as in
-            the published code. With carry="block" a cell of one layer has one membrane, which is carried as it is.
+            the published code. With carry="block" a cell of one layer has one membrane, which is carried as it is, and other
+            values of `fuse` and `phi` are refused there.
         phi, leak, v_threshold: constants of the neurons; `phi` below 0.6 where the cell is recurrent.
         reset: of the membrane between windows: "none" as in the published code, "soft" or "hard".
         surrogate: slope of the step; default rect(1), as in the published code.
@@ -98,7 +100,7 @@ class WindowSpike(nn.Module):
         kind: str = "tile",
         windows: int = 4,
         fuse: str = "omega",
-        phi: float = 0.5,
+        phi: float = PHI,
         leak: float = 0.4,
         v_threshold: float = 0.5,
         reset: str = "none",
@@ -129,6 +131,8 @@ class WindowSpike(nn.Module):
         carry = ("layer" if cell in RECURRENT else "block") if carry is None else carry
         _check_order(who, order, norm)
         _check_carry(who, carry, pairs, cell, windows)
+        if carry == "block" and CELLS[cell][1] == 1 and not analog:
+            _check_one_memory(who, cell, fuse, phi, learn_phi)
         _check_phi(who, phi, cell, allow_unstable)
         if analog:
             coding, condense, carry = "analog", "mean", "block"
@@ -263,6 +267,15 @@ def _check_carry(who: str, carry: str, pairs: str, cell: str, windows: int) -> N
             f"{who}: pairs='release' is for membranes carried from block to block (carry='layer') in four windows of "
             f"a cell with one layer of neurons, got carry={carry!r}, windows={windows} and cell={cell!r}; leave pairs "
             "out."
+        )
+
+
+def _check_one_memory(who: str, cell: str, fuse: str, phi: float, learn_phi: bool) -> None:
+    if fuse not in ("omega", "none") or phi != PHI or learn_phi:
+        raise OptionError(
+            f"{who}: with carry='block' a cell of one layer has one membrane, which is carried as it is, so fuse, phi "
+            f"and learn_phi have no effect, got fuse={fuse!r}, phi={phi}, learn_phi={learn_phi} with cell={cell!r}; use "
+            "carry='layer', or leave them out (fuse='none' carries nothing)."
         )
 
 
