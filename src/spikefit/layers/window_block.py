@@ -49,7 +49,7 @@ class WindowSpike(nn.Module):
         kind: "tile" or "dilated", see `windows_of`.
         windows: 1, 2 or 4.
         fuse: how two membranes become one, a key of `FUSIONS`; default "omega" as in the paper, "omega_release" as in
-            the published code. With carry="block" a cell of one layer has one membrane, which is carried as it is, and other
+            the published code. With carry="block" a cell of one layer has one membrane, which is carried as it is; other
             values of `fuse` and `phi` are refused there.
         phi, leak, v_threshold: constants of the neurons; `phi` below 0.6 where the cell is recurrent.
         reset: of the membrane between windows: "none" as in the published code, "soft" or "hard".
