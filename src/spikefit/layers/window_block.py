@@ -49,8 +49,8 @@ class WindowSpike(nn.Module):
         kind: "tile" or "dilated", see `windows_of`.
         windows: 1, 2 or 4.
         fuse: how two membranes become one, a key of `FUSIONS`; default "omega" as in the paper, "omega_release" as in
-            the published code. With carry="block" a cell of one layer has one membrane, which is carried as it is; other
-            values of `fuse` and `phi` are refused there.
+            the published code. With carry="block" a cell of one layer has one membrane, which is carried as it is, and
+            other values of `fuse` and `phi` are refused there.
         phi, leak, v_threshold: constants of the neurons; `phi` below 0.6 where the cell is recurrent.
         reset: of the membrane between windows: "none" as in the published code, "soft" or "hard".
         surrogate: slope of the step; default rect(1), as in the published code.
@@ -274,8 +274,8 @@ def _check_one_memory(who: str, cell: str, fuse: str, phi: float, learn_phi: boo
     if fuse not in ("omega", "none") or phi != PHI or learn_phi:
         raise OptionError(
             f"{who}: with carry='block' a cell of one layer has one membrane, which is carried as it is, so fuse, phi "
-            f"and learn_phi have no effect, got fuse={fuse!r}, phi={phi}, learn_phi={learn_phi} with cell={cell!r}; use "
-            "carry='layer', or leave them out (fuse='none' carries nothing)."
+            f"and learn_phi have no effect, got fuse={fuse!r}, phi={phi}, learn_phi={learn_phi} with cell={cell!r}; "
+            "use carry='layer', or leave them out (fuse='none' carries nothing)."
         )
 
 
