@@ -98,6 +98,25 @@ def test_every_parameter_gets_a_gradient(name):
             assert missing == [], (carry, mlp)
 
 
+@pytest.mark.parametrize("strategy", ["bptt", "lean", "checkpoint"])
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("carry", ["block", "layer"])
+def test_half_precision_carries_membranes_in_full(name, carry, strategy):
+    model, seen = use_strategy(small(name, carry=carry), strategy), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda m, inputs, output: seen.append(output[0]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(images())
+    logits.float().pow(2).sum().backward()
+    streams = [out for out in seen if isinstance(out, tuple)]
+    assert bool(streams) == (carry == "layer")
+    assert {out.memory.dtype for out in streams if out.memory is not None} <= {torch.float32}
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    if strategy == "bptt":
+        whole = small(name, carry=carry).to(torch.bfloat16)
+        assert whole(images().bfloat16()).dtype == torch.bfloat16
+
+
 def test_draws_are_new_in_every_call_and_repeat_under_a_seed():
     model, x = small("dmsn_cnn12").eval(), images()
     torch.manual_seed(3)

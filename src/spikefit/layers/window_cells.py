@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from spikefit.layers.norm import BatchNorm
 from spikefit.neurons.window import WindowLIF, WindowReLU
+from spikefit.ops.dtype import compute_dtype
 from spikefit.ops.window_scan import across, across_release, behind, in_turn
 
 Neuron = WindowLIF | WindowReLU
@@ -146,7 +147,8 @@ class WindowCell(nn.Module):
         """The neurons of layer i; `given` are the membranes of the layer before it, in this block or the last."""
         P, neuron, last = current.shape[0], self.neurons[i], i == len(self.weights) - 1
         if self.carry == "layer":
-            given = torch.zeros_like(current) if given is None else given
+            # membranes keep the compute dtype where currents are in half precision
+            given = torch.zeros_like(current, dtype=compute_dtype(current.dtype)) if given is None else given
             return neuron(current, given, across_release() if self.pairs == "release" else across(P))
         if i == 0:
             return neuron(current, None, in_turn(P), fuse="a", want_membranes=not last)
