@@ -117,6 +117,30 @@ def test_half_precision_carries_membranes_in_full(name, carry, strategy):
         assert whole(images().bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("dmsn_cnn12", {"learn_phi": True}),
+        ("dmsn_cnn12", {"learn_phi": True, "carry": "layer", "windows": 1}),
+        ("dmsn_lstm12", {"learn_phi": True}),
+        ("dmsn_lstm12", {"fuse": "none"}),
+        ("dmsn_cnn12", {"fuse": "none", "carry": "layer"}),
+    ],
+)
+def test_no_parameter_is_out_of_the_graph(name, options):
+    model = small(name, **options)
+    model(images()).pow(2).sum().backward()
+    assert [k for k, p in model.named_parameters() if p.grad is None] == []
+    learned = [k for k, _ in model.named_parameters() if k.endswith("w_phi")]
+    assert bool(learned) == ("learn_phi" in options)
+
+
+@pytest.mark.parametrize("options", [{"cell": "mlp"}, {"windows": 1}, {"cell": "lstm", "carry": "block"}])
+def test_a_phi_that_nothing_reads_is_not_learned(options):
+    with pytest.raises(OptionError, match="learn_phi needs two membranes"):
+        small("dmsn_cnn12", learn_phi=True, **options)
+
+
 def test_draws_are_new_in_every_call_and_repeat_under_a_seed():
     model, x = small("dmsn_cnn12").eval(), images()
     torch.manual_seed(3)
@@ -250,7 +274,7 @@ def test_two_hundred_steps_lower_the_loss(name):
 
 
 def test_the_prediction_knows_the_workspace_of_an_lstm():
-    found = profile("dmsn_lstm12", timesteps=1, batch=4, predict_only=True, **{"width": 1 / 6})
+    found = profile("dmsn_lstm12", timesteps=1, batch=4, predict_only=True, width=1 / 6)
     assert "an LSTM reserves memory of which it writes about half" in found.settings["prediction"]
     model, x = create_model("dmsn_lstm12", width=1 / 6, dropout=0.1), torch.rand(1, 4, 3, 32, 32)
     assert 0.9 <= found.saved_bytes / kept_bytes(model, x) <= 1.3

@@ -94,7 +94,7 @@ class WindowCell(nn.Module):
     Args:
         cell: a key of `CELLS`.
         channels: C.
-        neuron: makes the neuron of a layer.
+        neuron: makes the neuron of a layer, from its number.
         norm: makes a norm of so many channels, behind every weight; None for none.
         carry: "block" or "layer".
         pairs: "own", or "release" for the pairs (a, c) that the published code has with carry="layer".
@@ -107,7 +107,7 @@ class WindowCell(nn.Module):
         self,
         cell: str,
         channels: int,
-        neuron: Callable[[], Neuron],
+        neuron: Callable[[int], Neuron],
         norm: Callable[[int], nn.Module] | None,
         *,
         carry: str,
@@ -118,7 +118,7 @@ class WindowCell(nn.Module):
         self.width, self.carry, self.pairs = wide * channels, carry, pairs
         self.weights = nn.ModuleList(make(channels) for _ in range(count))
         self.norms = nn.ModuleList(nn.Identity() if norm is None else norm(self.width) for _ in range(count))
-        self.neurons = nn.ModuleList(neuron() for _ in range(count))
+        self.neurons = nn.ModuleList(map(neuron, range(count)))
 
     def forward(self, coded: Tensor, memory: Tensor | None, *, in_order: bool = False) -> tuple[Tensor, Tensor | None]:
         """All windows; `in_order` runs one after the other, weights included, which gives the same."""
