@@ -200,7 +200,7 @@ class WindowSpike(nn.Module):
         old = None if memory is None else cut(memory, windows)
         spikes, membranes = self.cell(coded, old, in_order=self.order == "sequential")
         out = self.fc(recompose(spikes, windows, self.condense, or_grad=self.or_grad))
-        if torch.is_anomaly_enabled():
+        if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
             _check_finite(out if membranes is None else membranes)
         handed_on = membranes is not None and self.hands_on
         return out, recompose(membranes, windows, "mean") if handed_on else None
