@@ -141,6 +141,24 @@ def test_a_phi_that_nothing_reads_is_not_learned(options):
         small("dmsn_cnn12", learn_phi=True, **options)
 
 
+def test_any_width_doubles_from_stage_to_stage():
+    assert [m.channels for m in create_model("dmsn_cnn12", width=0.2).modules() if isinstance(m, PatchMerging)] == [
+        10,
+        20,
+        40,
+    ]
+    with pytest.raises(OptionError, match=r"got widths \(8, 24\); take \(8, 16\)"):
+        small("dmsn_cnn12", widths=(8, 24))
+
+
+@pytest.mark.parametrize(("side", "windows"), [(36, 4), (28, 4), (36, 1), (33, 4)])
+def test_sides_that_do_not_fit_are_refused_with_those_that_do(side, windows):
+    with pytest.raises(ShapeError, match=rf"multiples of 32.*got \(3, {side}, {side}\).*\)\. Pad or resize them\.$"):
+        create_model("dmsn_cnn12", width=1 / 12, windows=windows, input_shape=(3, side, side))
+    with pytest.raises(ShapeError, match=r"multiples of 32.*got \(3, 36, 36\)"):
+        create_model("dmsn_cnn12", width=1 / 12, windows=windows)(torch.rand(1, 1, 3, 36, 36))
+
+
 def test_draws_are_new_in_every_call_and_repeat_under_a_seed():
     model, x = small("dmsn_cnn12").eval(), images()
     torch.manual_seed(3)
