@@ -8,7 +8,8 @@ from spikefit.errors import OptionError, ShapeError, StrategyError
 from spikefit.layers.window_block import WindowSpike
 from spikefit.layers.window_parts import PatchMerging
 from spikefit.models import create_model, use_strategy
-from spikefit.planning import profile
+from spikefit.neurons.window import WindowLIF
+from spikefit.planning import profile, verify
 
 NETWORKS = ["dmsn_cnn12", "dmsn_lstm12"]
 TWINS = ["dmsn_cnn12_ann", "dmsn_lstm12_ann"]
@@ -157,6 +158,25 @@ def test_sides_that_do_not_fit_are_refused_with_those_that_do(side, windows):
         create_model("dmsn_cnn12", width=1 / 12, windows=windows, input_shape=(3, side, side))
     with pytest.raises(ShapeError, match=r"multiples of 32.*got \(3, 36, 36\)"):
         create_model("dmsn_cnn12", width=1 / 12, windows=windows)(torch.rand(1, 1, 3, 36, 36))
+
+
+def test_a_wrong_spike_of_a_window_is_seen_and_the_reset_is_told(monkeypatch):
+    model, right = small("dmsn_cnn12", reset="soft", strategy="lean"), WindowLIF.forward
+    # its head hides everything in front of it
+    torch.nn.init.zeros_(model.blocks[-1].linear.weight)
+    assert verify(model, images()).passed
+    faulty = model.blocks[2].cell.neurons[1]
+
+    def wrong(self, *args, **options):
+        spikes, membranes = right(self, *args, **options)
+        return (1 - spikes if self is faulty and model.strategy.name == "lean" else spikes), membranes
+
+    monkeypatch.setattr(WindowLIF, "forward", wrong)
+    verdict = verify(model, images())
+    assert not verdict.passed
+    assert "blocks.2.cell.neurons.1" in verdict.spikes_differing
+    settings = profile(small("dmsn_cnn12", reset="soft", mlp="spiking"), images()).settings
+    assert (settings["reset"], settings["leak"]) == ("soft", [0.4])
 
 
 def test_draws_are_new_in_every_call_and_repeat_under_a_seed():
