@@ -209,6 +209,25 @@ def test_packed_spikes_are_the_same_and_take_a_bit(coding):
 # blocks
 
 
+def test_a_learned_threshold_comes_back_from_its_largest_value():
+    neuron = WindowLIF(learn_threshold=True)
+    neuron.v_threshold.backward()
+    assert neuron.w_threshold.grad == 1
+    optimizer = torch.optim.SGD(neuron.parameters(), lr=0.1)
+    for target in (1.0, 1.0, 0.3):
+        for _ in range(50):
+            optimizer.zero_grad()
+            (neuron.v_threshold - target).square().backward()
+            optimizer.step()
+        assert float(neuron.v_threshold.detach()) == pytest.approx(min(target, 0.5), abs=1e-3)
+    # beyond its end it is the bound, and what the bound is made of learns
+    neuron = WindowLIF(learn_threshold=True, learn_phi=True)
+    neuron.w_threshold.data.fill_(0.6)
+    neuron.v_threshold.neg().backward()
+    assert neuron.w_threshold.grad == 0
+    assert neuron.w_phi.grad > 0
+
+
 def test_two_inputs_below_the_threshold_fire_in_the_second_window():
     neuron = WindowLIF(fuse="a")
     from spikefit.ops.window_scan import in_turn
@@ -528,7 +547,7 @@ BAD = [
     ({"pairs": "release"}, "leave pairs out"),
     ({"cell": "lstm", "pairs": "release", "windows": 2}, "pairs='release' is for membranes carried"),
     ({"norm": "bn", "order": "sequential"}, "use norm='step_bn', or leave order out"),
-    ({"cell": "lstm", "carry": "block", "phi": 0.3}, "fuse, phi and learn_phi have no effect.*use carry='layer'"),
+    ({"cell": "lstm", "carry": "block", "phi": 0.3}, "fuse and phi have no effect.*use carry='layer'"),
     ({"cell": "mlp", "fuse": "sum"}, "carried as it is"),
     ({"dropout": 1.0}, r"dropout must lie in \[0, 1\)"),
     ({"leak": 1.5}, r"leak must lie in \[0, 1\]"),

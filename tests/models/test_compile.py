@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from spikefit.layers import GlobalAveragePool, Readout, ResidualBlock, SpikingConv2d, SpikingLinear
-from spikefit.models import SpikingNetwork
+from spikefit.models import SpikingNetwork, create_model
 from support import saved_bytes
 
 
@@ -107,3 +107,33 @@ def test_steps_and_other_sides():
         assert torch.equal(logits, model(x)[-1])
         wide = nn.functional.pad(x, (2, 2))
         assert torch.equal(torch.compile(model, fullgraph=True, backend="eager")(wide), model(wide))
+
+
+@pytest.mark.parametrize(
+    ("options", "one_graph"),
+    [
+        ({"norm": "bn"}, True),
+        ({"coding": "bernoulli_ste", "mlp": "spiking", "carry": "layer"}, True),
+        ({"coding": "heaviside", "or_grad": "release"}, True),
+        # what runs again in backward is no part of a graph
+        ({"strategy": "lean"}, False),
+        ({"cell": "lstm", "strategy": "lean"}, False),
+    ],
+)
+def test_windows_of_one_step(options, one_graph):
+    def trained(compiled):
+        torch.manual_seed(0)
+        net = {"widths": (8, 16), "depths": (2, 2), "input_shape": (3, 16, 16), "dropout": 0.0}
+        model = create_model("dmsn_cnn12", **net, **options)
+        nn.init.normal_(model.blocks[-1].linear.weight)
+        run = torch.compile(model, fullgraph=one_graph, backend="aot_eager") if compiled else model
+        torch.manual_seed(1)
+        logits = run(torch.rand(1, 3, 3, 16, 16))
+        logits.square().sum().backward()
+        assert [name for name, p in model.named_parameters() if p.grad is None] == []
+        return logits.detach(), {name: p.grad for name, p in model.named_parameters()} | dict(model.named_buffers())
+
+    (wanted, tensors), (got, found) = trained(False), trained(True)
+    assert torch.equal(got, wanted)
+    for name, value in tensors.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

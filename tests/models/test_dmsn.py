@@ -8,7 +8,8 @@ from spikefit.errors import OptionError, ShapeError, StrategyError
 from spikefit.layers.window_block import WindowSpike
 from spikefit.layers.window_parts import PatchMerging
 from spikefit.models import create_model, use_strategy
-from spikefit.planning import profile
+from spikefit.neurons.window import WindowLIF
+from spikefit.planning import profile, verify
 
 NETWORKS = ["dmsn_cnn12", "dmsn_lstm12"]
 TWINS = ["dmsn_cnn12_ann", "dmsn_lstm12_ann"]
@@ -96,6 +97,86 @@ def test_every_parameter_gets_a_gradient(name):
             model(images(8, 32)).pow(2).sum().backward()
             missing = [k for k, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
             assert missing == [], (carry, mlp)
+
+
+@pytest.mark.parametrize("strategy", ["bptt", "lean", "checkpoint"])
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("carry", ["block", "layer"])
+def test_half_precision_carries_membranes_in_full(name, carry, strategy):
+    model, seen = use_strategy(small(name, carry=carry), strategy), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda m, inputs, output: seen.append(output[0]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(images())
+    logits.float().pow(2).sum().backward()
+    streams = [out for out in seen if isinstance(out, tuple)]
+    assert bool(streams) == (carry == "layer")
+    assert {out.memory.dtype for out in streams if out.memory is not None} <= {torch.float32}
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    if strategy == "bptt":
+        whole = small(name, carry=carry).to(torch.bfloat16)
+        assert whole(images().bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("dmsn_cnn12", {"learn_phi": True}),
+        ("dmsn_cnn12", {"learn_phi": True, "carry": "layer", "windows": 1}),
+        ("dmsn_lstm12", {"learn_phi": True}),
+        ("dmsn_lstm12", {"fuse": "none"}),
+        ("dmsn_cnn12", {"fuse": "none", "carry": "layer"}),
+    ],
+)
+def test_no_parameter_is_out_of_the_graph(name, options):
+    model = small(name, **options)
+    model(images()).pow(2).sum().backward()
+    assert [k for k, p in model.named_parameters() if p.grad is None] == []
+    learned = [k for k, _ in model.named_parameters() if k.endswith("w_phi")]
+    assert bool(learned) == ("learn_phi" in options)
+
+
+@pytest.mark.parametrize("options", [{"cell": "mlp"}, {"windows": 1}, {"cell": "lstm", "carry": "block"}])
+def test_a_phi_that_nothing_reads_is_not_learned(options):
+    with pytest.raises(OptionError, match="learn_phi needs two membranes"):
+        small("dmsn_cnn12", learn_phi=True, **options)
+
+
+def test_any_width_doubles_from_stage_to_stage():
+    assert [m.channels for m in create_model("dmsn_cnn12", width=0.2).modules() if isinstance(m, PatchMerging)] == [
+        10,
+        20,
+        40,
+    ]
+    with pytest.raises(OptionError, match=r"got widths \(8, 24\); take \(8, 16\)"):
+        small("dmsn_cnn12", widths=(8, 24))
+
+
+@pytest.mark.parametrize(("side", "windows"), [(36, 4), (28, 4), (36, 1), (33, 4)])
+def test_sides_that_do_not_fit_are_refused_with_those_that_do(side, windows):
+    with pytest.raises(ShapeError, match=rf"multiples of 32.*got \(3, {side}, {side}\).*\)\. Pad or resize them\.$"):
+        create_model("dmsn_cnn12", width=1 / 12, windows=windows, input_shape=(3, side, side))
+    with pytest.raises(ShapeError, match=r"multiples of 32.*got \(3, 36, 36\)"):
+        create_model("dmsn_cnn12", width=1 / 12, windows=windows)(torch.rand(1, 1, 3, 36, 36))
+
+
+def test_a_wrong_spike_of_a_window_is_seen_and_the_reset_is_told(monkeypatch):
+    model, right = small("dmsn_cnn12", reset="soft", strategy="lean"), WindowLIF.forward
+    # its head hides everything in front of it
+    torch.nn.init.zeros_(model.blocks[-1].linear.weight)
+    assert verify(model, images()).passed
+    faulty = model.blocks[2].cell.neurons[1]
+
+    def wrong(self, *args, **options):
+        spikes, membranes = right(self, *args, **options)
+        return (1 - spikes if self is faulty and model.strategy.name == "lean" else spikes), membranes
+
+    monkeypatch.setattr(WindowLIF, "forward", wrong)
+    verdict = verify(model, images())
+    assert not verdict.passed
+    assert "blocks.2.cell.neurons.1" in verdict.spikes_differing
+    settings = profile(small("dmsn_cnn12", reset="soft", mlp="spiking"), images()).settings
+    assert (settings["reset"], settings["leak"]) == ("soft", [0.4])
 
 
 def test_draws_are_new_in_every_call_and_repeat_under_a_seed():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spikefit.errors import OptionError, ShapeError, StateError
 from spikefit.layers.norm import BatchNorm, StepBatchNorm
 from spikefit.layers.repeat import repeated
-from spikefit.layers.window_cells import CELLS, RECURRENT, WindowCell
+from spikefit.layers.window_cells import CELLS, RECURRENT, Neuron, WindowCell
 from spikefit.layers.window_coding import check_coding, decode, encode, encode_packed
 from spikefit.layers.window_parts import ChannelMLP, Stream, dense
 from spikefit.layers.windows import CONDENSES, OR_GRADIENTS, Windows, check_windows, cut, recompose, windows_of
@@ -49,8 +49,8 @@ class WindowSpike(nn.Module):
         kind: "tile" or "dilated", see `windows_of`.
         windows: 1, 2 or 4.
         fuse: how two membranes become one, a key of `FUSIONS`; default "omega" as in the paper, "omega_release" as in
-            the published code. With carry="block" a cell of one layer has one membrane, which is carried as it is, and
-            other values of `fuse` and `phi` are refused there.
+            the published code; "none" carries nothing, whatever `carry` is. With carry="block" a cell of one layer has
+            one membrane, which is carried as it is, and other values of `fuse` and `phi` are refused there.
         phi, leak, v_threshold: constants of the neurons; `phi` below 0.6 where the cell is recurrent.
         reset: of the membrane between windows: "none" as in the published code, "soft" or "hard".
         surrogate: slope of the step; default rect(1), as in the published code.
@@ -67,7 +67,8 @@ class WindowSpike(nn.Module):
         norm: behind every weight of the cell: "none", "bn" (over all windows), "step_bn" (per window) or "rms".
         mlp: "gelu", which is analog, or "spiking": spikes in front of both of its maps.
         dropout: share dropped inside the MLP.
-        learn_phi, learn_threshold: train these constants, one per layer of neurons.
+        learn_phi, learn_threshold: train these constants, one per layer of neurons; phi where two membranes meet, which
+            the first layer of a cell has with carry="layer" alone.
         allow_unstable: take phi of 0.6 and more for a recurrent cell.
         analog: the analog twin: ReLU for the neurons, no coding, nothing carried, the mean of windows.
         hands_on: whether membranes go to a next block; False for the last one with carry="layer".
@@ -132,26 +133,34 @@ class WindowSpike(nn.Module):
         _check_order(who, order, norm)
         _check_carry(who, carry, pairs, cell, windows)
         if carry == "block" and CELLS[cell][1] == 1 and not analog:
-            _check_one_memory(who, cell, fuse, phi, learn_phi)
+            _check_one_memory(who, cell, fuse, phi)
         _check_phi(who, phi, cell, allow_unstable)
         if analog:
             coding, condense, carry = "analog", "mean", "block"
+        # a map of membranes that nobody reads, and weights that merge it, would be in vain
+        carry = "block" if fuse == "none" else carry
+        if learn_phi and not analog:
+            _check_learned(who, carry, cell, windows)
         self.channels, self.kind, self.windows = channels, kind, windows
         self.coding, self.condense, self.or_grad, self.order = coding, condense, or_grad, order
         self.carry, self.hands_on, self.keep = carry, hands_on, "all"
-        neuron = partial(
-            WindowLIF,
-            fuse=fuse,
-            phi=phi,
-            leak=leak,
-            v_threshold=v_threshold,
-            reset=reset,
-            surrogate=surrogate,
-            learn_phi=learn_phi,
-            learn_threshold=learn_threshold,
-            phi_limit=STABLE_PHI if cell in RECURRENT else PHI_LIMIT,
-        )
-        self.cell = WindowCell(cell, channels, WindowReLU if analog else neuron, NORMS[norm], carry=carry, pairs=pairs)
+
+        def neuron(layer: int) -> Neuron:
+            if analog:
+                return WindowReLU()
+            return WindowLIF(
+                fuse=fuse,
+                phi=phi,
+                leak=leak,
+                v_threshold=v_threshold,
+                reset=reset,
+                surrogate=surrogate,
+                learn_phi=learn_phi and _reads_phi(carry, layer, windows),
+                learn_threshold=learn_threshold,
+                phi_limit=STABLE_PHI if cell in RECURRENT else PHI_LIMIT,
+            )
+
+        self.cell = WindowCell(cell, channels, neuron, NORMS[norm], carry=carry, pairs=pairs)
         self.fc = dense(self.cell.width, channels)
         alone = partial(WindowLIF, fuse="none", v_threshold=v_threshold, surrogate=surrogate)
         self.mlp = ChannelMLP(channels, dropout, alone if mlp == "spiking" and not analog else None)
@@ -194,7 +203,7 @@ class WindowSpike(nn.Module):
         old = None if memory is None else cut(memory, windows)
         spikes, membranes = self.cell(coded, old, in_order=self.order == "sequential")
         out = self.fc(recompose(spikes, windows, self.condense, or_grad=self.or_grad))
-        if torch.is_anomaly_enabled():
+        if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
             _check_finite(out if membranes is None else membranes)
         handed_on = membranes is not None and self.hands_on
         return out, recompose(membranes, windows, "mean") if handed_on else None
@@ -270,12 +279,25 @@ def _check_carry(who: str, carry: str, pairs: str, cell: str, windows: int) -> N
         )
 
 
-def _check_one_memory(who: str, cell: str, fuse: str, phi: float, learn_phi: bool) -> None:
-    if fuse not in ("omega", "none") or phi != PHI or learn_phi:
+def _check_one_memory(who: str, cell: str, fuse: str, phi: float) -> None:
+    if fuse not in ("omega", "none") or phi != PHI:
         raise OptionError(
-            f"{who}: with carry='block' a cell of one layer has one membrane, which is carried as it is, so fuse, phi "
-            f"and learn_phi have no effect, got fuse={fuse!r}, phi={phi}, learn_phi={learn_phi} with cell={cell!r}; "
-            "use carry='layer', or leave them out (fuse='none' carries nothing)."
+            f"{who}: with carry='block' a cell of one layer has one membrane, which is carried as it is, so fuse and "
+            f"phi have no effect, got fuse={fuse!r} and phi={phi} with cell={cell!r}; use carry='layer', or leave them "
+            "out (fuse='none' carries nothing)."
+        )
+
+
+def _reads_phi(carry: str, layer: int, windows: int) -> bool:
+    """Whether two membranes meet in that layer of a cell."""
+    return carry == "layer" or (layer > 0 and windows > 1)
+
+
+def _check_learned(who: str, carry: str, cell: str, windows: int) -> None:
+    if not any(_reads_phi(carry, layer, windows) for layer in range(CELLS[cell][1])):
+        raise OptionError(
+            f"{who}: learn_phi needs two membranes that meet, and with carry={carry!r}, windows={windows} and "
+            f"cell={cell!r} there are none; use carry='layer' with another fuse than 'none', or leave learn_phi out."
         )
 
 

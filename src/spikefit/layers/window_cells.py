@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from spikefit.layers.norm import BatchNorm
 from spikefit.neurons.window import WindowLIF, WindowReLU
+from spikefit.ops.dtype import compute_dtype
 from spikefit.ops.window_scan import across, across_release, behind, in_turn
 
 Neuron = WindowLIF | WindowReLU
@@ -93,7 +94,7 @@ class WindowCell(nn.Module):
     Args:
         cell: a key of `CELLS`.
         channels: C.
-        neuron: makes the neuron of a layer.
+        neuron: makes the neuron of a layer, from its number.
         norm: makes a norm of so many channels, behind every weight; None for none.
         carry: "block" or "layer".
         pairs: "own", or "release" for the pairs (a, c) that the published code has with carry="layer".
@@ -106,7 +107,7 @@ class WindowCell(nn.Module):
         self,
         cell: str,
         channels: int,
-        neuron: Callable[[], Neuron],
+        neuron: Callable[[int], Neuron],
         norm: Callable[[int], nn.Module] | None,
         *,
         carry: str,
@@ -117,7 +118,7 @@ class WindowCell(nn.Module):
         self.width, self.carry, self.pairs = wide * channels, carry, pairs
         self.weights = nn.ModuleList(make(channels) for _ in range(count))
         self.norms = nn.ModuleList(nn.Identity() if norm is None else norm(self.width) for _ in range(count))
-        self.neurons = nn.ModuleList(neuron() for _ in range(count))
+        self.neurons = nn.ModuleList(map(neuron, range(count)))
 
     def forward(self, coded: Tensor, memory: Tensor | None, *, in_order: bool = False) -> tuple[Tensor, Tensor | None]:
         """All windows; `in_order` runs one after the other, weights included, which gives the same."""
@@ -146,7 +147,8 @@ class WindowCell(nn.Module):
         """The neurons of layer i; `given` are the membranes of the layer before it, in this block or the last."""
         P, neuron, last = current.shape[0], self.neurons[i], i == len(self.weights) - 1
         if self.carry == "layer":
-            given = torch.zeros_like(current) if given is None else given
+            # membranes keep the compute dtype where currents are in half precision
+            given = torch.zeros_like(current, dtype=compute_dtype(current.dtype)) if given is None else given
             return neuron(current, given, across_release() if self.pairs == "release" else across(P))
         if i == 0:
             return neuron(current, None, in_turn(P), fuse="a", want_membranes=not last)

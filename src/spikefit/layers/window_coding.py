@@ -44,7 +44,18 @@ def encode(x_BHWC: Tensor, windows: Windows, coding: str, generator: torch.Gener
     """
     if coding == "analog":
         return cut(x_BHWC, windows)
+    if torch.compiler.is_compiling():
+        return _plain(x_BHWC, windows, coding, generator)
     return _Code.apply(x_BHWC, windows, coding, generator)
+
+
+def _plain(x: Tensor, windows: Windows, coding: str, generator: torch.Generator | None) -> Tensor:
+    """`encode` for torch.compile, in operations that it knows."""
+    spikes = _fired(x, windows, coding, generator).to(x.dtype)
+    if coding == "bernoulli_sg":
+        return spikes
+    inside = x.where((x > 0) & (x < 1), 0)
+    return spikes + pieces(inside - inside.detach(), windows)
 
 
 def encode_packed(
@@ -74,7 +85,10 @@ def _fired(x: Tensor, windows: Windows, coding: str, generator: torch.Generator 
             f"encode: expected a generator on {x.device.type}, where the map is, got one on {generator.device.type}; "
             f"make it with torch.Generator({x.device.type!r})."
         )
-    return seen > torch.rand(seen.shape, dtype=compute_dtype(x.dtype), device=x.device, generator=generator)
+    dtype = compute_dtype(x.dtype)
+    if generator is None:  # also where torch.compile makes symbols of sides
+        return seen > torch.rand_like(seen, dtype=dtype)
+    return seen > torch.rand(seen.shape, dtype=dtype, device=x.device, generator=generator)
 
 
 def _remember(ctx, x: Tensor, windows: Windows, coding: str) -> None:

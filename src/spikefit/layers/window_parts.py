@@ -86,7 +86,9 @@ class PatchMerging(nn.Module):
                 f"got {'none' if x.memory is None else tuple(x.memory.shape)}; make it with memory=width of the cell, "
                 "or None."
             )
-        return Stream(_merged(self.reduce, x.x[0]).unsqueeze(0), _merged(self.reduce_memory, x.memory)), ()
+        # membranes keep their dtype, in a network of half precision and under autocast
+        memory = _merged(self.reduce_memory, x.memory.to(self.reduce_memory.weight.dtype)).to(x.memory.dtype)
+        return Stream(_merged(self.reduce, x.x[0]).unsqueeze(0), memory), ()
 
     def init_state(
         self, batch_size: int, shape: tuple[int, ...], *, device: Any = None, dtype: Any = None

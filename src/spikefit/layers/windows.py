@@ -6,11 +6,13 @@ Source: Yao et al., "Training a General Spiking Neural Network with Improved Eff
 (PMLR 222, pp. 1558-1573); two windows as halves of the rows, and the gradient of the union, are ours.
 """
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from spikefit.errors import OptionError, ShapeError
 
@@ -92,12 +94,13 @@ def check_windows(who: str, kind: str, count: int) -> None:
 
 def cut(x_BHWC: Tensor, windows: Windows) -> Tensor:
     """The windows of a map, [P, B, h, w, C]."""
-    return _Cut.apply(x_BHWC, windows)
+    # torch.compile makes symbols of sides, which a function of our own cannot take
+    return pieces(x_BHWC, windows) if torch.compiler.is_compiling() else _Cut.apply(x_BHWC, windows)
 
 
 def put_back(parts_PBhwC: Tensor, windows: Windows) -> Tensor:
     """The sum of the windows in their places, [B, H, W, C]; the adjoint of `cut`."""
-    return _PutBack.apply(parts_PBhwC, windows)
+    return _padded(parts_PBhwC, windows) if torch.compiler.is_compiling() else _PutBack.apply(parts_PBhwC, windows)
 
 
 class _Cut(torch.autograd.Function):
@@ -141,6 +144,14 @@ def summed(parts: Tensor, windows: Windows) -> Tensor:
         else:
             place.copy_(part)
     return made
+
+
+def _padded(parts: Tensor, windows: Windows) -> Tensor:
+    """`put_back` for torch.compile, which loses the graph of what is written into a new tensor."""
+    (H, W), (h, w) = windows.size, windows.side
+    places = [(0, 0, column, W - column - w, row, H - row - h) for row, column in windows.offsets]
+    made = [F.pad(part, place) for part, place in zip(parts.unbind(0), places, strict=True)]
+    return reduce(torch.add, made)
 
 
 def recompose(parts_PBhwC: Tensor, windows: Windows, mode: str = "mean", *, or_grad: str = "ste") -> Tensor:

@@ -76,7 +76,7 @@ def dmsn(
         num_classes: K.
         input_shape: (C, H, W); sides are multiples of 2^(stages + 1), such as 32.
         cell: another cell than that of the name: "cnn", "lstm", "gru", "rnn", "birnn" or "mlp".
-        width: factor on all widths.
+        width: factor on all widths; that of the first stage is rounded.
         widths, depths: channels and blocks of the stages.
         windows: 1, 2 or 4 windows of a map.
         dilated: whether odd blocks of a stage, the last stage apart, have overlapping windows.
@@ -145,12 +145,18 @@ def _network(
 ) -> "OneStepNetwork":
     shape = check_input_shape(name, input_shape, ("C", "H", "W"))
     check_width(name, width)
-    channels = [max(1, round(c * width)) for c in check_counts(name, "widths", widths)]
-    counts = check_counts(name, "depths", depths)
-    if len(channels) != len(counts):
-        raise OptionError(f"{name}: widths and depths list the same stages, got {widths} and {depths}.")
-    if any(after != 2 * before for before, after in itertools.pairwise(channels)):
-        raise OptionError(f"{name}: merging doubles the channels from stage to stage, got widths {tuple(channels)}.")
+    given, counts = check_counts(name, "widths", widths), check_counts(name, "depths", depths)
+    if len(given) != len(counts):
+        raise OptionError(
+            f"{name}: widths and depths list the same stages, got {widths} and {depths}; give both as many numbers."
+        )
+    if any(after != 2 * before for before, after in itertools.pairwise(given)):
+        doubled = tuple(given[0] * 2**stage for stage in range(len(given)))
+        raise OptionError(
+            f"{name}: merging doubles the channels from stage to stage, got widths {tuple(given)}; take {doubled}, say."
+        )
+    # only the first is rounded, so that the others are its multiples
+    channels = [max(1, round(given[0] * width)) * 2**stage for stage in range(len(given))]
     blocks: list[nn.Module] = [OneStepStem(shape[0], channels[0])]
     for stage, (c, count) in enumerate(zip(channels, counts, strict=True)):
         last = stage == len(channels) - 1
@@ -162,25 +168,10 @@ def _network(
             body = blocks[-1]
             assert isinstance(body, WindowSpike)
             blocks.append(PatchMerging(c, body.cell.width if body.carry == "layer" else None))
-    _check_sides(name, shape, blocks)
     head = Readout(channels[-1], check_count(name, "num_classes", classes))
     nn.init.zeros_(head.linear.weight)
     nn.init.zeros_(head.linear.bias)
     return OneStepNetwork([*blocks, GlobalAveragePool(), head], input_shape=shape)
-
-
-def _check_sides(name: str, image: tuple[int, ...], blocks: list[nn.Module]) -> None:
-    """Raise ShapeError unless the maps of an image divide into windows all the way."""
-    shape, stages = image, 1 + sum(isinstance(block, PatchMerging) for block in blocks)
-    for block in blocks:
-        try:
-            _, shape = block.init_state(1, shape, device="meta")  # type: ignore[operator]
-        except ShapeError as error:
-            fact = str(error).partition(";")[0].partition(". ")[0]
-            raise ShapeError(
-                f"{name}: images of {image[1]}x{image[2]} do not divide all the way ({fact}). Pad or resize them so "
-                f"that sides are multiples of {2 ** (stages + 1)}, or take fewer stages (widths, depths)."
-            ) from None
 
 
 class OneStepStem(nn.Module):
@@ -224,6 +215,22 @@ class OneStepNetwork(SpikingNetwork):
         self.timesteps = 1
         # complains about sides that do not fit
         self.init_state(1, device="meta")
+
+    def init_state(self, batch_size: int, input_shape: tuple[int, ...] | None = None, **like: Any) -> tuple[Any, ...]:
+        """As of any network; images have sides that pass all windows."""
+        try:
+            return super().init_state(batch_size, input_shape, **like)
+        except ShapeError as error:
+            shape = self.input_shape if input_shape is None else tuple(input_shape)
+            multiple = 4 * 2 ** sum(isinstance(block, PatchMerging) for block in self.blocks)
+            if len(shape) == 3 and all(side % multiple == 0 for side in shape[1:]):
+                raise
+            # what does not fit, without what else to do
+            fact = str(error).partition("which do not pass ")[2].partition("). Resize")[0].partition("; ")[0]
+            raise ShapeError(
+                f"{type(self).__name__}: expected images (C, H, W) with sides that are multiples of {multiple}, which "
+                f"fit all windows, got {shape}, which do not pass {fact}). Pad or resize them."
+            ) from None
 
     def _check(self, x: Tensor) -> None:
         super()._check(x)

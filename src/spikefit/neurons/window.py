@@ -21,6 +21,7 @@ PROJECTIONS = ("omega", "omega_release")
 # A learned phi stays below the first, of neurons behind recurrent weights below the second; and phi times threshold
 # below the third.
 PHI_LIMIT, STABLE_PHI, PHI_THRESHOLD = 0.65, 0.6, 0.25
+LEAST_THRESHOLD = 1e-3
 
 
 class WindowLIF(nn.Module):
@@ -38,7 +39,7 @@ class WindowLIF(nn.Module):
         reset: "none", "soft" (m = u - v_threshold s) or "hard" (m = u (1 - s)); no gradient through the s inside.
         surrogate: a `Surrogate` or its text.
         learn_phi: train phi, as phi_limit sigmoid(w).
-        learn_threshold: train the threshold, which stays in (0, 1/4 / phi].
+        learn_threshold: train the threshold, which stays in (0, 1/4 / phi]; at an end, gradients that lead back pass.
         phi_limit: upper bound of a learned phi.
         backend: "auto", "reference", "numba" or "triton"; learned constants run on the reference.
 
@@ -102,7 +103,10 @@ class WindowLIF(nn.Module):
         """The firing level; 0-d if it is learned."""
         if not hasattr(self, "w_threshold"):
             return self._threshold
-        return torch.minimum(self.w_threshold.clamp(min=1e-3), PHI_THRESHOLD / torch.as_tensor(self.phi))
+        highest = PHI_THRESHOLD / self.phi
+        if not isinstance(highest, Tensor):
+            highest = self.w_threshold.new_full((), highest)
+        return _Held.apply(self.w_threshold, highest)
 
     def forward(
         self,
@@ -144,6 +148,22 @@ class WindowLIF(nn.Module):
             f"fuse={self.fuse}, phi={_number(self.phi):g}, leak={self.leak:g}, "
             f"v_threshold={_number(self.v_threshold):g}, reset {self.reset}, {self.surrogate}"
         )
+
+
+class _Held(torch.autograd.Function):
+    """w, not below `LEAST_THRESHOLD` and not above `highest`; a gradient that leads back to where it is free passes."""
+
+    @staticmethod
+    def forward(ctx, w: Tensor, highest: Tensor) -> Tensor:
+        ctx.save_for_backward(w, highest)
+        return torch.minimum(w.clamp(min=LEAST_THRESHOLD), highest)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        w, highest = ctx.saved_tensors
+        # a step goes against the gradient
+        outwards = ((w > highest) & (g < 0)) | ((w < LEAST_THRESHOLD) & (g > 0))
+        return g.masked_fill(outwards, 0), g.masked_fill(w <= highest, 0)
 
 
 class WindowReLU(nn.Module):

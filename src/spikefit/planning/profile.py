@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from spikefit.errors import OptionError
 from spikefit.models import SpikingNetwork, use_strategy
 from spikefit.neurons import SpikingNeuron, Threshold, TwoGroupNode
+from spikefit.neurons.window import WindowLIF
 from spikefit.ops.dispatch import installed, resolve, use_backend
 from spikefit.ops.dtype import compute_dtype
 from spikefit.planning.counting import RECURRENT_HALVES, counted_run, counted_shapes
@@ -329,8 +330,11 @@ def _settings(module: nn.Module, x: Tensor, autocast: bool) -> dict[str, Any]:
     neurons = [m for m in module.modules() if isinstance(m, SpikingNeuron)]
     resets = {"none" if not n.reset else "soft" if n.v_reset is None else f"hard to {n.v_reset:g}" for n in neurons}
     resets |= {"none" for m in module.modules() if isinstance(m, Threshold)}
+    # what goes from window to window
+    chained = [m for m in module.modules() if isinstance(m, WindowLIF) and m.fuse != "none"]
+    resets |= {"hard to 0" if m.reset == "hard" else m.reset for m in chained}
     networks = [m for m in module.modules() if isinstance(m, SpikingNetwork)]
-    leaks = {n.coefficients()[0] for n in neurons}
+    leaks = {n.coefficients()[0] for n in neurons} | {m.leak for m in chained}
     learned = any(isinstance(leak, Tensor) for leak in leaks)
     return {
         "timesteps": x.shape[0],

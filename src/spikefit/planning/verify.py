@@ -21,6 +21,7 @@ from spikefit.layers.packed import PackedSpikes
 from spikefit.layers.stage_function import Watcher, watched
 from spikefit.models.network import SpikingNetwork, plain_bptt
 from spikefit.neurons import Threshold
+from spikefit.neurons.window import WindowLIF
 from spikefit.ops.dispatch import use_backend
 from spikefit.planning.target import (
     LossFunction,
@@ -45,8 +46,8 @@ class Verdict:
 
     Attributes:
         passed: all of the following hold.
-        spikes_equal: logits (those of auxiliary heads too, if the loss reads them) and the spikes of every unit and
-            threshold are equal bit for bit.
+        spikes_equal: logits (those of auxiliary heads too, if the loss reads them) and the spikes of every unit,
+            threshold and neuron of windows are equal bit for bit.
         buffers_equal: buffers after the step are equal, counters exactly and running statistics to a few roundings.
         random_equal: the random number generator stands where it stood after the oracle.
         max_gradient_error: largest |difference| over all gradients, each over its own largest absolute value, or over
@@ -54,7 +55,7 @@ class Verdict:
         worst: name of that gradient.
         tolerance: what the error may be.
         noise: largest rounding of a gradient, |difference| between two runs of the oracle over its largest value.
-        spikes_differing: unit or threshold -> spikes that differ.
+        spikes_differing: unit, threshold or neurons of windows -> spikes that differ.
         approximate: name of the strategy if it is not exact, else None.
         accepts: the error of a rebuilt u up to which that strategy runs.
     """
@@ -199,7 +200,9 @@ def _run(
         if isinstance(module, SpikingUnit) and module.neuron is not None
     }
     thresholds = {module: name for name, module in model.named_modules() if isinstance(module, Threshold)}
-    pieces: dict[str, list[Tensor]] = {name: [] for name in (*units.values(), *thresholds.values())}
+    of_windows = {module: name for name, module in model.named_modules() if isinstance(module, WindowLIF)}
+    names = (*units.values(), *thresholds.values(), *of_windows.values())
+    pieces: dict[str, list[Tensor]] = {name: [] for name in names}
     random = torch.get_rng_state()
     buffers = {k: b.clone() for k, b in model.named_buffers()}
     held = {p: p.grad for p in model.parameters()}
@@ -228,6 +231,12 @@ def _run(
 
     handles = [unit.register_forward_hook(lambda unit, inputs, output: notes.fired(unit, output[0])) for unit in units]
     handles += [threshold.register_forward_hook(noted) for threshold in thresholds]
+
+    def noted_windows(neuron: Any, inputs: Any, output: Any) -> None:
+        if not outputs:
+            pieces[of_windows[neuron]].append(output[0].detach().flatten().clone())
+
+    handles += [neuron.register_forward_hook(noted_windows) for neuron in of_windows]
     try:
         for p in held:
             p.grad = None
@@ -262,7 +271,7 @@ def _same_outputs(a: _Step, b: _Step) -> bool:
 
 
 def _differing(a: _Step, b: _Step) -> dict[str, int]:
-    """Unit or threshold -> number of spikes that differ."""
+    """Unit, threshold or neurons of windows -> number of spikes that differ."""
     counts = {}
     for name, wanted in b.spikes.items():
         got = a.spikes.get(name)
