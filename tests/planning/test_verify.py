@@ -299,3 +299,21 @@ def test_a_wrong_spike_of_a_threshold_is_seen(monkeypatch, call):
     # the wrong spikes of the first call change later ones too
     assert verdict.spikes_differing[name] >= flipped if call == 0 else verdict.spikes_differing == {name: flipped}
     assert f"{name}: {verdict.spikes_differing[name]} spikes differ" in str(verdict)
+
+
+def test_gradients_of_zero_are_named_as_they_show_little():
+    torch.manual_seed(0)
+    model = create_model("dmsn_cnn12", widths=(8, 16), depths=(1, 1), input_shape=(3, 16, 16))
+    use_strategy(model, "lean")
+    x = torch.rand(1, 4, 3, 16, 16)
+    found = verify(model, x)
+    # the head starts at 0, and so is every gradient in front of it
+    assert found.passed
+    assert "blocks.1.fc.weight" in found.zero_gradients
+    assert "gradients are 0 everywhere" in str(found)
+    assert "Verify trained weights" in str(found)
+    torch.nn.init.normal_(model.blocks[-1].linear.weight)
+    found = verify(model, x)
+    assert found.passed
+    assert found.zero_gradients == []
+    assert "everywhere" not in str(found)

@@ -8,7 +8,7 @@ a norm that sees one value.
 """
 
 import contextlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -58,6 +58,7 @@ class Verdict:
         spikes_differing: unit, threshold or neurons of windows -> spikes that differ.
         approximate: name of the strategy if it is not exact, else None.
         accepts: the error of a rebuilt u up to which that strategy runs.
+        zero_gradients: what has a gradient of 0 everywhere in the oracle, so that little is shown for it.
     """
 
     passed: bool
@@ -71,6 +72,7 @@ class Verdict:
     spikes_differing: dict[str, int]
     approximate: str | None = None
     accepts: float = 0.0
+    zero_gradients: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON can hold them."""
@@ -90,6 +92,13 @@ class Verdict:
             f"{_word(self.random_equal)}.",
         ]
         lines += [f"  {name}: {count} spikes differ" for name, count in self.spikes_differing.items()]
+        if self.zero_gradients:
+            count = len(self.zero_gradients)
+            lines.append(
+                f"{count} gradient{'s are' if count > 1 else ' is'} 0 everywhere ({', '.join(self.zero_gradients[:3])}"
+                f"{', ...' if count > 3 else ''}), which shows little for {'them' if count > 1 else 'it'}: a head that "
+                "starts at 0 or silent layers stop them. Verify trained weights."
+            )
         return "\n".join(lines)
 
 
@@ -176,6 +185,7 @@ def verify(
         differing,
         ", ".join(sorted({strategy.name for strategy in approximate})) or None,
         accepts,
+        [name for name, g in oracle.gradients.items() if not g.any()],
     )
 
 
