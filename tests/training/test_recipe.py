@@ -5,9 +5,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from torch import nn
 
-from spikefit.errors import RecipeError
+from spikefit.errors import OptionError, RecipeError
 from spikefit.layers import TwoStreams
+from spikefit.layers.window_block import NORMS as WINDOW_NORMS
 from spikefit.neurons.table import NEURONS, neuron_options
 from spikefit.training import build_model, load_recipe
 from spikefit.training.options import fixed_parts
@@ -192,3 +194,13 @@ def test_a_model_of_one_step_sets_the_steps_and_refuses_others():
     with pytest.raises(RecipeError, match=r"model dmsn_cnn12: it works in 1 time step only.*write timesteps=1"):
         load_recipe({"model": "dmsn_cnn12"}).override({"timesteps": "4"})
     assert load_recipe({"model": "vgg6"}).encoding.timesteps == 8
+
+
+def test_every_norm_of_a_block_of_windows_can_be_written_in_a_recipe():
+    small = {"name": "dmsn_cnn12", "widths": [4, 8], "depths": [1, 1], "input_shape": [3, 16, 16], "num_classes": 4}
+    for norm in WINDOW_NORMS:
+        block = build_model(load_recipe({"model": small, "norm": norm})).blocks[1]
+        kind = WINDOW_NORMS[norm] or nn.Identity
+        assert isinstance(block.cell.norms[0], kind)
+    with pytest.raises(OptionError, match=r"norm: expected one of .* got 'rms'"):
+        build_model(load_recipe({"model": {"name": "mlp", "input_shape": [4], "num_classes": 2}, "norm": "rms"}))

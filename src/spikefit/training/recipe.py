@@ -14,6 +14,7 @@ from spikefit.encoding.table import ALIASES
 from spikefit.engines import parse_strategy
 from spikefit.errors import OptionError, RecipeError
 from spikefit.layers import NORMS
+from spikefit.layers.window_block import NORMS as WINDOW_NORMS
 from spikefit.losses import LOSSES, create_loss
 from spikefit.models import MODELS
 from spikefit.neurons import NEURONS, create_neuron
@@ -164,9 +165,12 @@ class NeuronSection(Section):
 
 
 class NormSection(Section):
-    """The norm of every unit; without a name that of the model, "bn", or "step_bn" where layers share a membrane."""
+    """The norm of every unit; without a name that of the model, "bn", or "step_bn" where layers share a membrane.
 
-    name: Literal[NORMS] | None = None  # type: ignore[valid-type]
+    "rms" is one of blocks of windows, which refuse others.
+    """
+
+    name: Literal[tuple(dict.fromkeys((*NORMS, *WINDOW_NORMS)))] | None = None  # type: ignore[valid-type]
 
 
 class StrategySection(OpenSection):
