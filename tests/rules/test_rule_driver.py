@@ -1,5 +1,6 @@
 """The loop over time: what is chosen, cut, computed once, kept and moved, on small networks of the zoo."""
 
+import copy
 import gc
 
 import pytest
@@ -323,6 +324,17 @@ def test_sltt_over_exact_strategies_is_sltt(strategy, norm):
     got, outcome = run(use_strategy(vgg6(norm), strategy), x, y, sltt())
     assert torch.equal(outcome.logits, plain.logits)
     assert error(got, {n: g for n, g in wanted.items() if g.norm() > 1e-9}) <= 1e-12
+
+
+def test_sltt_over_reversible_depth_is_sltt():
+    x, y = sample(T=3, shape=(3, 16, 16))
+    torch.manual_seed(0)
+    net = create_model("revsresnet21", norm="step_bn", num_classes=3, neuron=NEURON, input_shape=(3, 16, 16))
+    twin = use_strategy(copy.deepcopy(net), "reversible")
+    wanted, plain = run(net, x.float(), y, sltt())
+    got, outcome = run(twin, x.float(), y, sltt())
+    assert torch.equal(outcome.logits, plain.logits)
+    assert error(got, {n: g for n, g in wanted.items() if g.norm() > 1e-4}) <= 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

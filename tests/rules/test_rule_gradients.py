@@ -30,6 +30,7 @@ from spikefit.layers import (
 from spikefit.losses.losses import Loss
 from spikefit.models import SpikingNetwork
 from spikefit.rules import TraceRule, drive, ndot, ottt, sltt, tbptt
+from spikefit.rules.sequence import Sequence, Trace
 
 EXACT = 1e-12
 LOSS = Quadratic()
@@ -269,6 +270,56 @@ def test_ottt_of_every_synapse_is_the_sum_of_what_was_recorded(kind, norm, stati
         # behind statistics of each step the bias of a synapse does nothing, and its gradient is rounding
         assert (got[name] - wanted[name]).norm() <= EXACT * max(1, wanted[name].norm()), name
     assert max(g.norm() for g in wanted.values()) > 0.01
+
+
+class Fork(nn.Module):
+    """Two units that read one input; their spikes are added."""
+
+    def __init__(self, *neurons):
+        super().__init__()
+        self.units = nn.ModuleList(SpikingLinear(7, 8, norm="none", neuron=neuron) for neuron in neurons)
+
+    def forward(self, x, state=None):
+        outs = [unit(x, v) for unit, v in zip(self.units, state or (None, None), strict=True)]
+        return sum(s for s, _ in outs), tuple(v for _, v in outs)
+
+    def init_state(self, batch_size, shape, **options):
+        return None, (8,)
+
+
+def forked(*neurons):
+    torch.manual_seed(0)
+    return SpikingNetwork([Fork(*neurons), Readout(8, 3)], input_shape=(7,)).double()
+
+
+FAST, SLOW = {"name": "lif", "tau": 1.5, "v_threshold": 0.3}, {"name": "lif", "tau": 4.0, "v_threshold": 0.3}
+LEARNED = [{"name": "plif", "tau": tau, "v_threshold": 0.3} for tau in (1.5, 4.0)]
+
+
+@pytest.mark.parametrize("neurons", [(FAST, SLOW), (FAST, FAST), LEARNED], ids=["mixed", "equal", "learned"])
+def test_two_synapses_that_read_one_input(neurons):
+    net, (x, y) = forked(*neurons), sample()
+    assert error(run(net, x, y, ottt()), bptt(net, x, y, LOSS)) <= EXACT
+
+
+def test_synapses_of_one_input_and_one_leak_share_a_trace():
+    def traces_of(*neurons, change=False):
+        net, (x, _) = forked(*neurons), sample(T=3)
+        sequence, state, traces = Sequence(net, ottt(), x), net.init_state(4), {}
+        for t, x_t in enumerate(x):
+            if change and t == 2:
+                traces[paths[1]] = Trace(traces[paths[1]].a + 1, 1.0)
+            _, state, traces = sequence.step(x_t, state, traces)
+        return [traces[path].a for path in paths]
+
+    paths = [f"blocks.0.units.{i}.synapse" for i in range(2)]
+    one, other = traces_of(FAST, FAST)
+    assert one is other
+    one, other = traces_of(FAST, SLOW)
+    assert not torch.equal(one, other)
+    # traces are values: those that were handed in count, not what another synapse makes of its own
+    one, other = traces_of(FAST, FAST, change=True)
+    torch.testing.assert_close(other - one, torch.full_like(one, 1 / 3), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("window", [9, 20])

@@ -69,6 +69,12 @@ def test_models_and_losses_that_need_all_steps():
     refuses(StrategyError, "init_state and step.*got Linear", nn.Linear(7, 3), sltt())
 
 
+def test_models_with_a_readout_at_the_last_step_alone():
+    net = create_model("trevsnn_mini", num_classes=3)
+    x, y = sample(T=net.timesteps or 4, shape=net.input_shape)
+    refuses(StrategyError, "logits .* of every step, got NoneType at step 1 of TRevSNN", net, sltt(), x=x.float(), y=y)
+
+
 def test_shapes_and_updates():
     x, y = sample(T=4)
     refuses(ShapeError, r"rule sltt: expected x as \[T, B, ...\]", dense_net(), sltt(), x=x[0, 0])
@@ -139,6 +145,13 @@ def test_parameters_that_no_trace_reaches():
     frozen = made(Own())
     frozen.blocks[0].plain.requires_grad_(False)
     drive(frozen, *sample(T=3), LOSS, ottt())
+    # a unit that feeds no neuron that is known, behind which all is as it was
+    unit = SpikingLinear(7, 7, norm="step_bn", neuron=None)
+    ahead = SpikingNetwork([unit, SpikingLinear(7, 7, norm="none"), Readout(7, 3)], input_shape=(7,)).double()
+    refuses(StrategyError, "rule ottt: blocks.0.synapse.weight is trained", ahead, ottt())
+    unit.requires_grad_(False)
+    drive(ahead, *sample(T=3), LOSS, ottt())
+    assert ahead.blocks[1].synapse.weight.grad.norm() > 0
     past = made(Own(plain=False, past=True))
     refuses(StrategyError, r"blocks.0.unit.synapse \(Linear\) was not applied in the first step", past, ottt())
     drive(past, *sample(T=3), LOSS, sltt())

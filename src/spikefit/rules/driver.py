@@ -66,8 +66,8 @@ def drive(
         Outcome of detached tensors.
 
     Raises:
-        StrategyError: the model needs all steps at once, the loss does not split, a state cannot be cut, or the rule
-            has traces that something in the model does not allow; it is named.
+        StrategyError: the model needs all steps at once or has no logits at some, the loss does not split, a state
+            cannot be cut, or the rule has traces that something in the model does not allow; it is named.
         OptionError: `update` is missing, or given for one update per sequence.
         ShapeError: x or targets of another shape; in training, a norm over the whole sequence.
 
@@ -87,6 +87,7 @@ def drive(
         chosen = t in steps
         with torch.set_grad_enabled(chosen), around():
             logits, state, traces = sequence.step(x[t], state, traces)
+            _check_logits(model, rule, logits, t)
             if chosen:
                 value = loss.step(logits, targets[t] if targets.ndim == 2 else targets, labels=labels) / count
                 total = value.detach() if total is None else total + value.detach()
@@ -106,6 +107,14 @@ def drive(
     assert total is not None, "a sampler chooses at least one step"
     assert logits_sum is not None
     return Outcome(total, logits_sum, steps)
+
+
+def _check_logits(model: nn.Module, rule: StepRule, logits: Any, t: int) -> None:
+    if not isinstance(logits, Tensor):
+        raise StrategyError(
+            f"rule {rule.name}: expected logits [B, K] of every step, got {type(logits).__name__} at step {t + 1} of "
+            f"{type(model).__name__}, which has a read-out at some steps only; use an exact strategy."
+        )
 
 
 def detached(state: State, who: str) -> State:

@@ -54,7 +54,9 @@ class Sequence:
     """What holds for one sequence under a rule.
 
     Standardised weights, and the first synapse of a sequence that shows one step T times, are computed once; each step
-    reads a leaf in their place, and `finish` hands the gradients that it collected on. A dropout layer has one mask.
+    reads a leaf in their place, and `finish` hands the gradients that it collected on. A dropout layer has one mask,
+    drawn where it is first used. Under a strategy that runs units again in backward (`checkpoint`, `reversible`, ...)
+    all of this happens in every step instead.
 
     Args:
         model: with `step`; its strategy and mode stay.
@@ -77,7 +79,7 @@ class Sequence:
         self.repeated = x if x.shape[0] > 1 and x.stride(0) == 0 and not x.requires_grad else None
         self.weights: dict[nn.Module, Once] = {}
         self.stems: dict[nn.Module, tuple[Any, Once]] = {}
-        self.masks: dict[nn.Module, Tensor] = {}
+        self.masks: dict[tuple[nn.Module, torch.Size], Tensor] = {}
         self.checked = not rule.traced
         if rule.traced:
             check_traced(self.who, model, self.wiring, ratio=self.ratio, skip_data=self.skip_data)
@@ -99,16 +101,14 @@ class Sequence:
         for once in reversed(made):
             if once.leaf.grad is not None:
                 once.value.backward(once.leaf.grad)
-                once.leaf.grad = None
         self.weights, self.stems = {}, {}
 
     def mu(self, part: nn.Module) -> Factor | None:
         """The leak by which the traces of a synapse or norm decay; None for no trace."""
-        if not self.rule.traced or (self.skip_data and self.wiring.reads_data(part)):
+        # what feeds nothing that is known is not trained, else the rule would have been refused
+        if not self.rule.traced or self.wiring.fed.get(part) is None:
             return None
-        if self.wiring.fed[part] is None:
-            return None
-        return self.wiring.leak(part)
+        return None if self.skip_data and self.wiring.reads_data(part) else self.wiring.leak(part)
 
     def parameters(self, synapse: Weight, device: str) -> tuple[Tensor, Tensor | None]:
         """(weight, bias) as the map takes them; a standardised weight is computed once."""
@@ -189,7 +189,7 @@ class _Step:
         return traced_map(x, a, c, weight, bias, map_of(synapse), chunk)
 
     def normalise(self, norm: BatchNorm, z: Tensor, repeats: int) -> Tensor:
-        mu = self.sequence.mu(norm) if norm in self.sequence.wiring.fed else None
+        mu = self.sequence.mu(norm)
         if mu is None:
             return norm.normalised(z, norm.weight, norm.bias, repeats)[0]
         before = self._before(norm)
@@ -213,10 +213,10 @@ class _Step:
         return spikes, v_T
 
     def drop(self, layer: nn.Module, x: Tensor, p: float) -> Tensor:
-        masks = self.sequence.masks
-        if layer not in masks:
-            masks[layer] = nn.functional.dropout(torch.ones_like(x[:1]), p)
-        return x * masks[layer].to(x.dtype)
+        masks, key = self.sequence.masks, (layer, x.shape[1:])
+        if key not in masks:
+            masks[key] = nn.functional.dropout(torch.ones_like(x[:1]), p)
+        return x * masks[key].to(x.dtype)
 
     def check_lean(self, unit: nn.Module) -> None:
         if self.sequence.rule.traced:

@@ -100,10 +100,9 @@ class Wiring:
         return values[-1]
 
     def leak(self, part: nn.Module) -> float | Tensor:
-        """The leak of what a synapse or norm feeds; 0 for a read-out without membrane."""
+        """The leak of what a synapse or norm feeds, which keeps something."""
         fed = self.fed[part]
-        if fed is None:
-            return 0.0
+        assert fed is not None, "a read-out without membrane keeps nothing"
         leak = fed.leak if isinstance(fed, LeakyReadout) else fed.coefficients()[0]
         return leak.detach() if isinstance(leak, Tensor) else leak
 
