@@ -23,6 +23,7 @@ ROOMS = [
     "data",
     "encoding",
     "losses",
+    "rules",
     "training",
     "reporting",
     "cli",

@@ -86,6 +86,7 @@ _ROOMS = (
     "ops",
     "planning",
     "reporting",
+    "rules",
     "training",
 )
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spikefit.errors import OptionError
+from spikefit.layers.applying import applier_now
 from spikefit.ops.dispatch import Backend, check_backend
 from spikefit.ops.norm import Moments, affine, channel_norm
 
@@ -102,24 +103,31 @@ class BatchNorm(nn.Module):
 
     def forward(self, z: Tensor, *, repeats: int = 1) -> Tensor:
         """Normalise `z`; `repeats` says how many equal steps each given step stands for."""
+        applier = applier_now()
+        if applier is not None:
+            return applier.normalise(self, z, repeats)
+        return self.normalised(z, self.weight, self.bias, repeats)[0]
+
+    def normalised(self, z: Tensor, weight: Tensor, bias: Tensor, repeats: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+        """(x, mean, var): `forward` with the weight and bias given, and the statistics it used, [C] or [1 or T, C]."""
         if not self.training:
-            return affine(z, *self._evaluation_map(), backend=self.backend)
-        x, moments = channel_norm(
-            z, self.weight, self.bias, eps=self.eps, per_step=self.time_scope == "step", backend=self.backend
-        )
+            scale, shift = self._evaluation_map(weight, bias)
+            return affine(z, scale, shift, backend=self.backend), self.running_mean, self.running_var
+        per_step = self.time_scope == "step"
+        x, moments = channel_norm(z, weight, bias, eps=self.eps, per_step=per_step, backend=self.backend)
         self.track(moments, repeats)
-        return x
+        return x, moments.mean, moments.var
 
     def normal(self) -> Normal:
         """What `forward` would do now, as a value."""
         if not self.training:
-            return Normal("affine", *self._evaluation_map(), backend=self.backend)
+            return Normal("affine", *self._evaluation_map(self.weight, self.bias), backend=self.backend)
         return Normal("batch", self.weight, self.bias, self.time_scope == "step", self.eps, self.backend)
 
-    def _evaluation_map(self) -> tuple[Tensor, Tensor]:
+    def _evaluation_map(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """(scale, shift) [C] of the running statistics."""
-        scale = self.weight * torch.rsqrt(self.running_var + self.eps)
-        return scale, self.bias - self.running_mean * scale
+        scale = weight * torch.rsqrt(self.running_var + self.eps)
+        return scale, bias - self.running_mean * scale
 
     @torch.no_grad()
     def track(self, moments: Moments, repeats: int = 1) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from spikefit.errors import OptionError, ShapeError
+from spikefit.layers.applying import applier_now
 from spikefit.layers.packed import PackedSpikes, Spikes
 from spikefit.layers.weight import apply_weight, check_floating, check_input
 from spikefit.neurons import LeakyReadout
@@ -146,6 +147,9 @@ class Dropout(Stateless):
         self.p = p
 
     def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
+        applier = applier_now() if self.training else None
+        if applier is not None:
+            return applier.drop(self, x, self.p), None
         return nn.functional.dropout(x, self.p, self.training), None
 
 

@@ -1,6 +1,7 @@
 """The unit: weight -> norm -> neuron (-> pool), the stretch of a network that one strategy choice applies to."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spikefit.errors import OptionError, ShapeError, StrategyError
+from spikefit.layers.applying import applier_now
 from spikefit.layers.branch import Branch
 from spikefit.layers.lean import run_lean
 from spikefit.layers.norm import BatchNorm, Normal, create_norm
@@ -112,13 +114,17 @@ class SpikingUnit(nn.Module):
             StrategyError: `keep` is not "all" and norm or neuron are of a kind that cannot be rebuilt.
         """
         self._check_input(x)
+        applier = applier_now()
         if self.keep != "all" and self.neuron is not None:
-            spikes, v_T = self._run_lean(x, v_0, shortcut)
-            return spikes if packed else spikes.dense(), v_T
+            if applier is not None:
+                applier.check_lean(self)
+            bits, v_T = self._run_lean(x, v_0, shortcut)
+            return bits if packed else bits.dense(), v_T
         current = self.current(x, shortcut)
         if self.neuron is None:
             return current, None
-        spikes, v_T = self.neuron(current, v_0)
+        fire = self.neuron if applier is None else partial(applier.fire, self.neuron)
+        spikes, v_T = fire(current, v_0)
         return pool_spikes(spikes, self.pool), v_T
 
     def later(self, x: Spikes) -> "Tensor | LaterCurrent":

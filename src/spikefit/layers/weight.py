@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from spikefit.errors import OptionError, ShapeError
+from spikefit.layers.applying import applier_now
 
 Weight = nn.Conv1d | nn.Conv2d | nn.Linear
 
@@ -36,8 +37,16 @@ def apply_weight(module: Weight, x: Tensor, *, chunk: int | None = None) -> Tens
         ShapeError: another rank, number of channels or dtype than the module expects, or a side below its kernel.
     """
     check_input(module, x)
+    applier = applier_now()
+    if applier is not None:
+        return applier.weigh(module, x, chunk)
     weight, bias = parameters_of(module, x.device.type)
-    return _Stepwise.apply(x.to(weight.dtype) if autocasting(x.device.type) else x, weight, bias, map_of(module), chunk)
+    return apply_map(x, weight, bias, map_of(module), chunk)
+
+
+def apply_map(x: Tensor, weight: Tensor, bias: Tensor | None, map_: "Map", chunk: int | None) -> Tensor:
+    """`apply_weight` with the numbers given, as `parameters_of` returns them."""
+    return _Stepwise.apply(x.to(weight.dtype) if autocasting(x.device.type) else x, weight, bias, map_, chunk)
 
 
 class Map(NamedTuple):
@@ -129,11 +138,14 @@ def check_weight(module: nn.Module) -> None:
         )
 
 
-def parameters_of(module: Weight, device: str) -> tuple[Tensor, Tensor | None]:
-    """(weight, bias) as the map takes them: standardised, and cast where autocast asks for it."""
-    weight, bias = module.weight, module.bias
-    if isinstance(module, Standardized):
-        weight = module.standardized()
+def parameters_of(module: Weight, device: str, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """(weight, bias) as the map takes them: standardised, and cast where autocast asks for it.
+
+    `weight`, if given, is the standardised weight, which is then not computed again.
+    """
+    if weight is None:
+        weight = module.standardized() if isinstance(module, Standardized) else module.weight
+    bias = module.bias
     if autocasting(device):
         dtype = torch.get_autocast_dtype(device)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -1,0 +1,172 @@
+"""The loop over time outside the network, with backward inside the loop."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from spikefit.errors import OptionError, ShapeError, StrategyError
+from spikefit.layers.chain import State
+from spikefit.losses.losses import Loss, labels_per_step
+from spikefit.rules.sequence import Sequence, Traces
+from spikefit.rules.trace import StepRule
+
+
+class Outcome(NamedTuple):
+    """What a sequence gave; nothing of it holds a graph.
+
+    Attributes:
+        loss: sum of the losses of the chosen steps, divided by N; without `grad_scale`.
+        logits: sum of the logits over all steps, [B, K].
+        steps: numbers of the steps that called backward.
+    """
+
+    loss: Tensor
+    logits: Tensor
+    steps: tuple[int, ...]
+
+
+def drive(
+    model: nn.Module,
+    x: Tensor,
+    targets: Tensor,
+    loss: Loss,
+    rule: StepRule,
+    *,
+    backward: Callable[[Tensor], Any] = torch.autograd.backward,
+    update: Callable[[], Any] | None = None,
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    generator: torch.Generator | None = None,
+) -> Outcome:
+    """Run a sequence under a rule; gradients are added to `.grad` of the parameters.
+
+        for t = 1..T:   logits, state = model.step(x[t], state)
+                        if t is chosen:  backward(grad_scale loss.step(logits, targets) / N)
+                        state = detached(state)
+
+    Held between steps are the state, the traces and what is computed once for the sequence, so memory does not grow
+    with T. Steps that are not chosen run without a graph, and move states, traces and statistics of norms all the same.
+
+    Args:
+        model: a `SpikingNetwork`, or a module with its `init_state` and `step`. Nothing in it may need all steps at
+            once.
+        x: [T, B, ...]; a view with stride 0 along T (`encoding.repeat`) passes the first synapse once.
+        targets: classes [B], or [T, B] for labels of every step.
+        loss: one that splits over steps.
+        rule: `sltt()`, `ottt()`, `ndot()`, `tbptt(k)`, ...
+        backward: called with the loss of a step, or of a window; a scaler, or Fabric's `backward`.
+        update: called behind every backward for `update_every="step"`: optimiser step and `zero_grad`.
+        around: entered around forward and loss of each step; `lambda: torch.autocast("cpu")`.
+        generator: of the random choice of steps.
+
+    Returns:
+        Outcome of detached tensors.
+
+    Raises:
+        StrategyError: the model needs all steps at once or has no logits at some, the loss does not split, a state
+            cannot be cut, or the rule has traces that something in the model does not allow; it is named.
+        OptionError: `update` is missing, or given for one update per sequence.
+        ShapeError: x or targets of another shape; in training, a norm over the whole sequence.
+
+    Example:
+        outcome = drive(model, encoding.repeat(images, 6), labels, create_loss("tet"), sltt())
+        optimizer.step()
+    """
+    _check(model, x, targets, loss, rule, update)
+    steps, count = rule.draw(x.shape[0], generator)
+    labels = labels_per_step(targets) if targets.ndim == 2 else None
+    sequence = Sequence(model, rule, x)
+    state, traces = cast(Any, model).init_state(x.shape[1], tuple(x.shape[2:])), Traces()
+    total: Tensor | None = None
+    logits_sum: Tensor | None = None
+    window: Tensor | None = None
+    for t in range(x.shape[0]):
+        chosen = t in steps
+        with torch.set_grad_enabled(chosen), around():
+            logits, state, traces = sequence.step(x[t], state, traces)
+            _check_logits(model, rule, logits, t)
+            if chosen:
+                value = loss.step(logits, targets[t] if targets.ndim == 2 else targets, labels=labels) / count
+                total = value.detach() if total is None else total + value.detach()
+                value = value * rule.grad_scale
+                window = value if window is None else window + value
+                del value
+        logits_sum = logits.detach().clone() if logits_sum is None else logits_sum + logits.detach()
+        del logits
+        if (t + 1) % rule.window == 0 or t + 1 == x.shape[0]:
+            if window is not None:
+                backward(window)
+                window = None  # its graph goes before the next step makes one
+                if update is not None:
+                    update()
+            state = detached(state, f"rule {rule.name}")
+    sequence.finish()
+    assert total is not None, "a sampler chooses at least one step"
+    assert logits_sum is not None
+    return Outcome(total, logits_sum, steps)
+
+
+def _check_logits(model: nn.Module, rule: StepRule, logits: Any, t: int) -> None:
+    if not isinstance(logits, Tensor):
+        raise StrategyError(
+            f"rule {rule.name}: expected logits [B, K] of every step, got {type(logits).__name__} at step {t + 1} of "
+            f"{type(model).__name__}, which has a read-out at some steps only; use an exact strategy."
+        )
+
+
+def detached(state: State, who: str) -> State:
+    """`state` without its graph, all of it.
+
+    Raises:
+        StrategyError: an entry that is neither a tensor nor a plain value, and may hold tensors that stay in the graph.
+    """
+
+    def cut(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.detach()
+        if leaf is None or isinstance(leaf, bool | int | float | str):
+            return leaf
+        raise StrategyError(
+            f"{who}: expected a state of tensors, numbers and None in tuples, lists and dicts, got "
+            f"{type(leaf).__name__}, in which tensors could stay in the graph of every step; let step return its "
+            "tensors in a tuple."
+        )
+
+    return tree_map(cut, state)
+
+
+def _check(
+    model: nn.Module, x: Tensor, targets: Tensor, loss: Loss, rule: StepRule, update: Callable[[], Any] | None
+) -> None:
+    who = f"rule {rule.name}"
+    if not (hasattr(model, "step") and hasattr(model, "init_state")):
+        raise StrategyError(
+            f"{who}: expected a model with init_state and step, which runs step by step, got {type(model).__name__}; "
+            "build it as spikefit.SpikingNetwork([...]) or with spikefit.create_model(...)."
+        )
+    consumers = [
+        path or type(model).__name__ for path, m in model.named_modules() if getattr(m, "consumes_time", False)
+    ]
+    if consumers:
+        raise StrategyError(
+            f"{who}: {consumers[0]} needs all time steps at once, and the rule frees each before the next; use an "
+            "exact strategy such as checkpoint or lean."
+        )
+    if not getattr(loss, "splits_per_step", False):
+        raise StrategyError(
+            f"{who}: expected a loss that is a mean over steps, got {getattr(loss, '__name__', type(loss).__name__)}, "
+            "which needs the logits of all steps at once; use ce_steps or tet."
+        )
+    if x.ndim < 3 or x.shape[0] == 0:
+        raise ShapeError(f"{who}: expected x as [T, B, ...] with T of at least 1, got {tuple(x.shape)}.")
+    if tuple(targets.shape) not in ((x.shape[1],), (x.shape[0], x.shape[1])):
+        raise ShapeError(
+            f"{who}: expected targets {(x.shape[1],)}, or {(x.shape[0], x.shape[1])} for labels of every step, got "
+            f"{tuple(targets.shape)}."
+        )
+    if (update is None) == (rule.update_every == "step"):
+        wanted = "update=..., a function that steps the optimiser" if update is None else "no update"
+        raise OptionError(f"{who}: update_every={rule.update_every!r} goes with {wanted}; change one of the two.")
