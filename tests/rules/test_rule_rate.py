@@ -329,6 +329,18 @@ def test_logits_and_loss_are_those_of_the_model(loss, norm):
     assert not outcome.logits.requires_grad
 
 
+def test_the_loss_reads_the_mean_of_the_first_pass_to_the_bit():
+    class Seen(MeanQuadratic):
+        def __call__(self, logits, targets):
+            self.logits = logits.detach()
+            return super().__call__(logits, targets)
+
+    # bfloat16 shows which pass a mean is of
+    net, (x, y), seen = dense_net((7, 8, 6)).float(), sample(), Seen()
+    _, outcome = run(net, x.float(), y, seen, around=lambda: torch.autocast("cpu", torch.bfloat16))
+    assert torch.equal(seen.logits, (outcome.logits / 9)[None])
+
+
 @pytest.mark.parametrize("loss", ["ce_mean", "rate_mse"])
 def test_losses_of_the_table(loss):
     net, (x, y) = dense_net((7, 8)), constant()
