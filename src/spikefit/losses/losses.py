@@ -1,5 +1,6 @@
 """The losses. `splits_per_step` says whether a loss is a mean over steps, to be taken one step at a time;
-`reads_auxiliary` whether it also reads the logits of auxiliary heads.
+`reads_auxiliary` whether it also reads the logits of auxiliary heads; `reads_mean` whether it reads the mean of the
+logits over time and nothing else.
 
 Labels of -1 count nowhere: a mean over labels leaves them out, and a batch without any label adds nothing, 0.
 """
@@ -29,10 +30,12 @@ class Loss:
         splits_per_step: whether `step` gives shares whose mean over steps is the loss of the sequence.
         reads_auxiliary: whether it is called with the logits of auxiliary heads too, `loss(logits, targets,
             auxiliary)`, auxiliary [n, B, K] as `model(x, auxiliary=True)` returns them behind the logits.
+        reads_mean: whether it depends on the logits through their mean over time alone.
     """
 
     splits_per_step: ClassVar[bool]
     reads_auxiliary: ClassVar[bool] = False
+    reads_mean: ClassVar[bool] = False
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The loss of a batch; logits [T, B, K], targets int64 [B] or [T, B].
@@ -112,6 +115,7 @@ class CrossEntropyMean(Loss):
     """
 
     splits_per_step = False
+    reads_mean = True
 
     def __init__(self, *, label_smoothing: float = 0.0) -> None:
         _check_smoothing("CrossEntropyMean", label_smoothing)
@@ -191,6 +195,7 @@ class RateMSE(Loss):
     """
 
     splits_per_step = False
+    reads_mean = True
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         self._check(logits, targets, per_step=False)

@@ -68,7 +68,7 @@ def drive(
     Raises:
         StrategyError: the model needs all steps at once or has no logits at some, the loss does not split, a state
             cannot be cut, or the rule has traces that something in the model does not allow; it is named.
-        OptionError: `update` is missing, or given for one update per sequence.
+        OptionError: `update` is missing, or given for one update per sequence; a rule that does not go step by step.
         ShapeError: x or targets of another shape; in training, a norm over the whole sequence.
 
     Example:
@@ -141,6 +141,11 @@ def detached(state: State, who: str) -> State:
 def _check(
     model: nn.Module, x: Tensor, targets: Tensor, loss: Loss, rule: StepRule, update: Callable[[], Any] | None
 ) -> None:
+    if not isinstance(rule, StepRule):
+        raise OptionError(
+            f"drive: expected a rule that calls backward step by step (sltt, ottt, ndot, tbptt), got {rule!r}; rate() "
+            "goes with drive_rate."
+        )
     who = f"rule {rule.name}"
     if not (hasattr(model, "step") and hasattr(model, "init_state")):
         raise StrategyError(

@@ -39,8 +39,7 @@ class StepRule:
     update_every: str = "sequence"
 
     def __post_init__(self) -> None:
-        if not 0 < self.grad_scale < float("inf"):
-            raise OptionError(f"{self.name}: grad_scale must be a finite number > 0, got {self.grad_scale!r}.")
+        check_scale(self.name, self.grad_scale)
         _check_choice(self.name, "update_every", self.update_every, UPDATES)
 
     @property
@@ -207,6 +206,12 @@ def _sampler(who: str, k: int | None, sampler: Sampler | None) -> Sampler:
     if k is not None and sampler is not None:
         raise OptionError(f"{who}: k={k} is the sampler RandomK({k}), and sampler={sampler!r} is given too; drop one.")
     return RandomK(k) if k is not None else AllSteps() if sampler is None else sampler
+
+
+def check_scale(who: str, grad_scale: float) -> None:
+    """Raise OptionError unless `grad_scale` is a finite number > 0."""
+    if not 0 < grad_scale < float("inf"):
+        raise OptionError(f"{who}: grad_scale must be a finite number > 0, got {grad_scale!r}.")
 
 
 def _check_choice(who: str, name: str, value: object, known: tuple[str, ...]) -> None:

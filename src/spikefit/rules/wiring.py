@@ -79,7 +79,7 @@ class Wiring:
                 source = Source(unknown=f"{self.names[block]} (Readout)")
             elif layers:
                 source = self._follow_layers(layers, source)
-            elif _is_linear(block):
+            elif is_linear(block):
                 source = source.through(partial(_output, block))
             else:
                 source = Source(unknown=f"{self.names[block]} ({type(block).__name__})")
@@ -115,7 +115,7 @@ class Wiring:
         return source is not None and source.neuron is None and not source.unknown
 
 
-def _is_linear(layer: nn.Module) -> bool:
+def is_linear(layer: nn.Module) -> bool:
     """Whether a layer without a neuron is a linear map that traces may go through as spikes do."""
     if isinstance(layer, Pool2d):
         return isinstance(layer.pool, nn.AvgPool2d)
