@@ -3,7 +3,7 @@
 Every error a user can cause is a `SpikefitError`; the command line prints its one sentence instead of a traceback.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -61,6 +61,13 @@ class CheckpointError(SpikefitError):
 
 class TrainingError(SpikefitError, RuntimeError):
     """Training cannot go on, for example because the loss is not finite."""
+
+
+def check_choice(who: str, name: str, value: object, known: Iterable[object]) -> None:
+    """Raise OptionError, in the name of `who`, unless the option `name` has one of the `known` values."""
+    known = list(known)
+    if value not in known:
+        raise OptionError(f"{who}: {name} must be one of {', '.join(map(str, known))}, got {value!r}.")
 
 
 @contextmanager

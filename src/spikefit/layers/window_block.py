@@ -4,18 +4,18 @@ Source: Yao et al., ACML 2023 (PMLR 222, pp. 1558-1573), and its release, which 
 options name both.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spikefit.errors import OptionError, ShapeError, StateError
+from spikefit.errors import OptionError, ShapeError, StateError, check_choice
 from spikefit.layers.norm import BatchNorm, StepBatchNorm
 from spikefit.layers.repeat import repeated
 from spikefit.layers.window_cells import CELLS, RECURRENT, Neuron, WindowCell
-from spikefit.layers.window_coding import check_coding, decode, encode, encode_packed
+from spikefit.layers.window_coding import CODINGS, decode, encode, encode_packed
 from spikefit.layers.window_parts import ChannelMLP, Stream, dense
 from spikefit.layers.windows import CONDENSES, OR_GRADIENTS, Windows, check_windows, cut, recompose, windows_of
 from spikefit.neurons.window import PHI_LIMIT, STABLE_PHI, WindowLIF, WindowReLU
@@ -124,11 +124,11 @@ class WindowSpike(nn.Module):
         super().__init__()
         who = type(self).__name__
         check_windows(who, kind, windows)
-        check_coding(who, coding)
-        _check_choice(who, "cell", cell, CELLS)
-        _check_choice(who, "condense", condense, CONDENSES)
-        _check_choice(who, "or_grad", or_grad, OR_GRADIENTS)
-        _check_choice(who, "mlp", mlp, MLPS)
+        check_choice(who, "coding", coding, CODINGS)
+        check_choice(who, "cell", cell, CELLS)
+        check_choice(who, "condense", condense, CONDENSES)
+        check_choice(who, "or_grad", or_grad, OR_GRADIENTS)
+        check_choice(who, "mlp", mlp, MLPS)
         carry = ("layer" if cell in RECURRENT else "block") if carry is None else carry
         _check_order(who, order, norm)
         _check_carry(who, carry, pairs, cell, windows)
@@ -253,14 +253,9 @@ class WindowSpike(nn.Module):
         )
 
 
-def _check_choice(who: str, name: str, value: str, known: Iterable[str]) -> None:
-    if value not in known:
-        raise OptionError(f"{who}: {name} must be one of {', '.join(known)}, got {value!r}.")
-
-
 def _check_order(who: str, order: str, norm: str) -> None:
-    _check_choice(who, "order", order, ORDERS)
-    _check_choice(who, "norm", norm, NORMS)
+    check_choice(who, "order", order, ORDERS)
+    check_choice(who, "norm", norm, NORMS)
     if order == "sequential" and norm == "bn":
         raise OptionError(
             f"{who}: norm='bn' has statistics of all windows together, which order='sequential' does not; use "
@@ -269,8 +264,8 @@ def _check_order(who: str, order: str, norm: str) -> None:
 
 
 def _check_carry(who: str, carry: str, pairs: str, cell: str, windows: int) -> None:
-    _check_choice(who, "carry", carry, CARRIES)
-    _check_choice(who, "pairs", pairs, PAIRS)
+    check_choice(who, "carry", carry, CARRIES)
+    check_choice(who, "pairs", pairs, PAIRS)
     if pairs == "release" and (carry != "layer" or CELLS[cell][1] != 1 or windows != 4):
         raise OptionError(
             f"{who}: pairs='release' is for membranes carried from block to block (carry='layer') in four windows of "

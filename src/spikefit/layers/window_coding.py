@@ -16,12 +16,6 @@ from spikefit.ops.packbits import pack, unpack
 CODINGS: tuple[str, ...] = ("bernoulli_sg", "bernoulli_ste", "heaviside", "analog")
 
 
-def check_coding(who: str, coding: str) -> None:
-    """Raise OptionError unless there is such a coding."""
-    if coding not in CODINGS:
-        raise OptionError(f"{who}: coding must be one of {', '.join(CODINGS)}, got {coding!r}.")
-
-
 def encode(x_BHWC: Tensor, windows: Windows, coding: str, generator: torch.Generator | None = None) -> Tensor:
     """Spikes of every window of a map.
 

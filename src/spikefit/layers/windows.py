@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from spikefit.errors import OptionError, ShapeError
+from spikefit.errors import OptionError, ShapeError, check_choice
 
 KINDS: tuple[str, ...] = ("tile", "dilated")
 COUNTS: tuple[int, ...] = (1, 2, 4)
@@ -86,10 +86,10 @@ def windows_of(kind: str, count: int, size: tuple[int, int]) -> Windows:
 
 def check_windows(who: str, kind: str, count: int) -> None:
     """Raise OptionError unless there is such a kind and number of windows."""
-    if kind not in KINDS:
-        raise OptionError(f"{who}: kind must be one of {', '.join(KINDS)}, got {kind!r}.")
-    if isinstance(count, bool) or count not in COUNTS:
+    check_choice(who, "kind", kind, KINDS)
+    if isinstance(count, bool):  # True is equal to 1
         raise OptionError(f"{who}: windows must be one of {', '.join(map(str, COUNTS))}, got {count!r}.")
+    check_choice(who, "windows", count, COUNTS)
 
 
 def cut(x_BHWC: Tensor, windows: Windows) -> Tensor:
@@ -173,10 +173,8 @@ def recompose(parts_PBhwC: Tensor, windows: Windows, mode: str = "mean", *, or_g
         OptionError: an unknown mode or gradient.
         ShapeError: windows of another number or side.
     """
-    if mode not in CONDENSES:
-        raise OptionError(f"recompose: mode must be one of {', '.join(CONDENSES)}, got {mode!r}.")
-    if or_grad not in OR_GRADIENTS:
-        raise OptionError(f"recompose: or_grad must be one of {', '.join(OR_GRADIENTS)}, got {or_grad!r}.")
+    check_choice("recompose", "mode", mode, CONDENSES)
+    check_choice("recompose", "or_grad", or_grad, OR_GRADIENTS)
     expected = (len(windows.offsets), *windows.side)
     if parts_PBhwC.ndim != 5 or (parts_PBhwC.shape[0], *parts_PBhwC.shape[2:4]) != expected:
         raise ShapeError(

@@ -10,12 +10,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from spikefit.errors import OptionError
+from spikefit.errors import OptionError, check_choice
 from spikefit.ops.dispatch import Backend, check_backend
+from spikefit.ops.lif.equation import RESETS
 from spikefit.ops.surrogate import Surrogate, parse_surrogate
-from spikefit.ops.window_scan import FUSIONS, Links, apart, check_phi, window_scan
+from spikefit.ops.window_scan import FUSIONS, Links, apart, check_phi, check_threshold, window_scan
 
-RESETS: tuple[str, ...] = ("none", "soft", "hard")
 # Fusions that read phi.
 PROJECTIONS = ("omega", "omega_release")
 # A learned phi stays below the first, of neurons behind recurrent weights below the second; and phi times threshold
@@ -66,14 +66,11 @@ class WindowLIF(nn.Module):
     ) -> None:
         super().__init__()
         who = type(self).__name__
-        if fuse not in FUSIONS:
-            raise OptionError(f"{who}: fuse must be one of {', '.join(FUSIONS)}, got {fuse!r}.")
-        if reset not in RESETS:
-            raise OptionError(f"{who}: reset must be one of {', '.join(RESETS)}, got {reset!r}.")
+        check_choice(who, "fuse", fuse, FUSIONS)
+        check_choice(who, "reset", reset, RESETS)
         if not 0 <= leak <= 1:
             raise OptionError(f"{who}: leak must lie in [0, 1], got {leak}.")
-        if not (math.isfinite(v_threshold) and v_threshold > 0):
-            raise OptionError(f"{who}: v_threshold must be a finite number > 0, got {v_threshold}.")
+        check_threshold(who, v_threshold)
         check_phi(who, phi)
         check_backend(backend)
         self.fuse, self.leak, self.reset, self.backend = fuse, leak, reset, backend

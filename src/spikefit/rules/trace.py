@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from spikefit.errors import OptionError
+from spikefit.errors import OptionError, check_choice
 from spikefit.rules.sampler import AllSteps, RandomK, Sampler, check_whole
 
 # What mu is: 0, the leak of the neuron that the synapse feeds, or v[t] / v[t-1] of the one that it reads from.
@@ -40,7 +40,7 @@ class StepRule:
 
     def __post_init__(self) -> None:
         check_scale(self.name, self.grad_scale)
-        _check_choice(self.name, "update_every", self.update_every, UPDATES)
+        check_choice(self.name, "update_every", self.update_every, UPDATES)
 
     @property
     def name(self) -> str:
@@ -96,9 +96,9 @@ class TraceRule(StepRule):
     trace_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("TraceRule", "mu", self.mu, MUS)
+        check_choice("TraceRule", "mu", self.mu, MUS)
         super().__post_init__()
-        _check_choice(self.name, "loss_norm", self.loss_norm, LOSS_NORMS)
+        check_choice(self.name, "loss_norm", self.loss_norm, LOSS_NORMS)
         if self.lag not in (0, 1) or isinstance(self.lag, bool):
             raise OptionError(f"{self.name}: lag must be 0 or 1 steps, got {self.lag!r}.")
         if self.lag and self.mu != "ratio":
@@ -212,8 +212,3 @@ def check_scale(who: str, grad_scale: float) -> None:
     """Raise OptionError unless `grad_scale` is a finite number > 0."""
     if not 0 < grad_scale < float("inf"):
         raise OptionError(f"{who}: grad_scale must be a finite number > 0, got {grad_scale!r}.")
-
-
-def _check_choice(who: str, name: str, value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise OptionError(f"{who}: {name} must be one of {', '.join(known)}, got {value!r}.")

@@ -112,7 +112,7 @@ def fire_gradient(
 def _choose(current: Current, dynamics: Dynamics, backend: str) -> str:
     """Backend of the call: "fused" for the kernels of this room, else the backend that its pieces run on."""
     z = current.zs[0]
-    chosen = choose_backend(z, dynamics.equation, backend)
+    chosen = choose_backend(z, dynamics.equation.surrogate, backend)
     whole = chosen == "numba" and z.dtype in (torch.float32, torch.float64) and len(current.zs) <= 2
     return "fused" if whole else chosen
 

@@ -33,7 +33,7 @@ def lif_on_grid(x: Tensor, v_0: Tensor, dynamics: Dynamics, backend: str) -> tup
         RangeError: a membrane that its grid cannot hold exactly.
         BackendError: the backend asked for cannot run this call.
     """
-    chosen = choose_backend(x, dynamics.equation, backend)
+    chosen = choose_backend(x, dynamics.equation.surrogate, backend)
     return _forward(x, v_0, *dynamics.constants, *flat(dynamics.equation), chosen)
 
 
@@ -62,7 +62,7 @@ def lif_on_grid_backward(
     Raises:
         BackendError: the backend asked for cannot run this call.
     """
-    chosen = choose_backend(x, dynamics.equation, backend)
+    chosen = choose_backend(x, dynamics.equation.surrogate, backend)
     q = v_T.new_zeros(()).expand_as(v_T) if q is None else q
     return _backward(g, q, x, v_T, spikes, lost, *dynamics.constants, *flat(dynamics.equation), chosen)
 

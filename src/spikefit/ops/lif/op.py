@@ -104,7 +104,7 @@ def lif(
     )
     v_0 = checked_state("lif", x, v_0)
     dynamics = Dynamics(equation, *coefficients(leak, gain, v_threshold, v_0, frac_bits))
-    return advance(x, v_0, dynamics, choose_backend(x, equation, backend))
+    return advance(x, v_0, dynamics, choose_backend(x, equation.surrogate, backend))
 
 
 def lif_backward(
@@ -167,7 +167,7 @@ def lif_backward(
             f"lif_backward: expected q, the gradient of the last membrane, {tuple(v_0.shape)}, got {tuple(q.shape)}."
         )
     dynamics = Dynamics(equation, *coefficients(leak, gain, v_threshold, v_0, frac_bits))
-    dx, dv_0, d_3 = retrace(g, q, x, v_0, spikes, dynamics, choose_backend(x, equation, backend))
+    dx, dv_0, d_3 = retrace(g, q, x, v_0, spikes, dynamics, choose_backend(x, equation.surrogate, backend))
     return LIFGradients(dx, dv_0, *d_3.unbind())
 
 
@@ -286,10 +286,10 @@ def coefficients(
     return (0.0, 0.0, 0.0), torch.stack([torch.as_tensor(c, dtype=v_0.dtype, device=v_0.device) for c in given])
 
 
-def choose_backend(x: Tensor, equation: Equation, backend: str) -> str:
+def choose_backend(x: Tensor, surrogate: Surrogate, backend: str) -> str:
     """Resolve the backend for this call."""
-    if FORMS[equation.surrogate.name].kernel is None:
-        no = f"surrogate {equation.surrogate.name} has no compiled slope."
+    if FORMS[surrogate.name].kernel is None:
+        no = f"surrogate {surrogate.name} has no compiled slope."
         return dispatch.choose(backend, triton=no, numba=no)
     asked = dispatch.resolve(backend)
     triton = dispatch.triton_refusal(x) if asked == "triton" else dispatch.auto_triton_refusal(x)

@@ -1,6 +1,6 @@
 """The scan of windows: one step of a layer, cut into windows that start from each other's membranes."""
 
-from spikefit.ops.window_scan.fusion import FUSIONS, check_phi, omega, over_activation
+from spikefit.ops.window_scan.fusion import FUSIONS, check_phi, check_threshold, omega, over_activation
 from spikefit.ops.window_scan.links import (
     NOTHING,
     Link,
@@ -23,6 +23,7 @@ __all__ = [
     "apart",
     "behind",
     "check_phi",
+    "check_threshold",
     "in_turn",
     "omega",
     "over_activation",

@@ -6,9 +6,9 @@ from torch import Tensor
 from spikefit.errors import BackendError, OptionError, ShapeError, StateError
 from spikefit.ops import dispatch
 from spikefit.ops.dtype import compute_dtype
-from spikefit.ops.lif.op import DTYPES, Layout
+from spikefit.ops.lif.op import DTYPES, Layout, choose_backend
 from spikefit.ops.lif.reference import Scalar
-from spikefit.ops.surrogate import FORMS, Surrogate, rect
+from spikefit.ops.surrogate import Surrogate, rect
 from spikefit.ops.window_scan import reference
 from spikefit.ops.window_scan.equation import Equation
 from spikefit.ops.window_scan.fusion import COMPILED, check_phi, check_threshold
@@ -126,13 +126,11 @@ def _choose_backend(x: Tensor, equation: Equation, phi: Scalar, v_threshold: Sca
     no = _no_kernel(x, equation, phi, v_threshold)
     if no is not None:
         return dispatch.choose(backend, triton=no, numba=no)
-    asked = dispatch.resolve(backend)
-    triton = dispatch.triton_refusal(x) if asked == "triton" else dispatch.auto_triton_refusal(x)
-    return dispatch.choose(backend, triton=triton, numba=dispatch.numba_refusal(x))
+    return choose_backend(x, equation.surrogate, backend)
 
 
 def _no_kernel(x: Tensor, equation: Equation, phi: Scalar, v_threshold: Scalar) -> str | None:
-    """Why no compiled kernel can run the call, or None."""
+    """Why no compiled kernel of the scan can run the call, whatever its surrogate and device; None if one can."""
     for name, scalar in (("phi", phi), ("v_threshold", v_threshold)):
         if isinstance(scalar, Tensor):
             return f"{name} is a tensor (learned), and the compiled window_scan takes numbers; float({name}) fixes it."
@@ -140,8 +138,6 @@ def _no_kernel(x: Tensor, equation: Equation, phi: Scalar, v_threshold: Scalar) 
         return f"fuse={equation.fuse!r} has no compiled kernel; those with one are {', '.join(COMPILED)}."
     if x.dtype == torch.float64:
         return "the compiled window_scan computes in float32, got float64 input."
-    if FORMS[equation.surrogate.name].kernel is None:
-        return f"surrogate {equation.surrogate.name} has no compiled slope."
     return None
 
 
