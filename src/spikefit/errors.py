@@ -63,6 +63,10 @@ class TrainingError(SpikefitError, RuntimeError):
     """Training cannot go on, for example because the loss is not finite."""
 
 
+class RuleWarning(UserWarning):
+    """A rule runs, and its gradient is further from BPTT, or costs more, than one may think."""
+
+
 def check_choice(who: str, name: str, value: object, known: Iterable[object]) -> None:
     """Raise OptionError, in the name of `who`, unless the option `name` has one of the `known` values."""
     known = list(known)

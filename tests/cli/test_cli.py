@@ -273,12 +273,15 @@ def test_list_without_a_word_and_for_a_model(run):
     rows = json.loads(run("list", "strategies", "har_mlp", "--json")[1])
     applies = {row["name"]: row["applies"] for row in rows}
     assert {name for name, text in applies.items() if text == "yes"} == {"bptt", "lean", "checkpoint", "replay"}
+    assert "norm=step_bn" in applies["sltt"]
+    assert "loss=tet" in applies["sltt"]
     assert "norm='step_bn'" in applies["inverse"], "it says why not, and what to do"
     assert "norm='step_bn'" in applies["integer"]
     words = ("share=layer_channel", "groups=2", "neuron.frac_bits=16")
     rows = json.loads(run("list", "strategies", "har_mlp", *words, "--json")[1])
     applies = {row["name"]: row["applies"] for row in rows}
     wanted = {"bptt", "checkpoint", "step_checkpoint", "replay", "integer"}
+    assert "share='none'" in applies["ottt"]
     assert {name for name, text in applies.items() if text == "yes"} == wanted
     assert "share a membrane" in applies["lean"]
     assert "use strategy='integer'" in applies["inverse"]

@@ -115,7 +115,7 @@ def test_checkpoints_in_time(name, strategy):
 
 
 def test_what_cannot_be_stepped_is_not_checkpointed_in_time():
-    with pytest.raises(StrategyError, match=r"blocks\.0\.norm normalises over the whole sequence; use norm='step_bn'"):
+    with pytest.raises(StrategyError, match=r"blocks\.0\.norm needs the whole sequence; use norm='step_bn'"):
         create_model("vgg6", strategy="step_checkpoint")
     with pytest.raises(StrategyError, match=r"blocks\.0 \(SpikingConv1d\) needs all time steps"):
         create_model("har_conv", strategy="step_checkpoint")

@@ -216,6 +216,7 @@ def test_norm_names():
         "sequence",
         "sequence",
         "step",
+        "step",
         None,
         None,
     ]

@@ -513,7 +513,7 @@ BAD_INPUT = {
     ),
     "a norm over the sequence": (
         OptionError,
-        r"share='layer' runs step by step, and blocks\.0\.norm normalises .*norm='step_bn' .*or share='channel'",
+        r"share='layer' runs step by step, and blocks\.0\.norm needs .*norm='step_bn' .*or share='channel'",
         lambda: small("vgg16", "layer", norm="bn"),
     ),
     "inverse with a norm over the sequence": (

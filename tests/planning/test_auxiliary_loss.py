@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 import headed
 from spikefit.errors import OptionError, ShapeError
 from spikefit.losses import CrossEntropyHeads, CrossEntropyMean
+from spikefit.losses.model_loss import auxiliary_heads, loss_of
 from spikefit.models import create_model, use_strategy
 from spikefit.planning import (
     Target,
@@ -23,7 +24,7 @@ from spikefit.planning import (
     watch_saved,
 )
 from spikefit.planning.measured import measured_peak_bytes_of
-from spikefit.planning.target import auxiliary_heads, loss_of, mean_cross_entropy, training_step
+from spikefit.planning.target import mean_cross_entropy, training_step
 
 WEIGHTS = (0.25, 0.5, 0.75, 2.0)
 

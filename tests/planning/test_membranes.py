@@ -11,8 +11,8 @@ from spikefit.models import create_model, use_strategy
 from spikefit.models.network import plain_bptt
 from spikefit.neurons import LIF
 from spikefit.planning import profile
+from spikefit.planning.held import watch_saved
 from spikefit.planning.membranes import membrane_bytes, watched_currents
-from spikefit.planning.memory import watch_saved
 from spikefit.planning.target import no_memory
 
 NETS = {

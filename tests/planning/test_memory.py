@@ -154,10 +154,13 @@ def test_a_prediction_says_whether_it_is_a_promise():
         assert profile("vgg6", **settings).settings["prediction"].startswith(f"estimate ({reason}")
 
 
-def test_a_measurement_repeats_within_one_percent():
+def test_a_measurement_repeats_within_one_percent_whatever_heap_the_caller_has(monkeypatch):
     target = Target("vgg6", options={"width": 0.5}, timesteps=4, batch=8, input_shape=(3, 32, 32))
-    first, second = measured_peak_bytes(target), measured_peak_bytes(target)
-    assert abs(first - second) <= 0.01 * first
+    first = measured_peak_bytes(target)
+    # without mappings of its own a block would never go back to the system
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "8000000000")
+    assert abs(first - measured_peak_bytes(target)) <= 0.01 * first
 
 
 def test_a_model_in_memory_is_measured_like_its_name():

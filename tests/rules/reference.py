@@ -3,12 +3,16 @@
 dW = gain sum_t d~[t] (sum_{k<=t} mu[k+1] ... mu[t] i[k])^T,   db = gain sum_t d~[t] (sum_{k<=t} lam^(t-k))
 """
 
+import gc
+import weakref
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from spikefit.layers import Readout, SpikingLinear, SpikingUnit
 from spikefit.layers.applying import applied_by
@@ -220,3 +224,52 @@ def sample(T=9, B=4, shape=(7,), classes=3, seed=1) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = (torch.rand((T, B, *shape), generator=generator) < 0.4).double()
     return x, torch.randint(classes, (B,), generator=generator)
+
+
+def held_at_most(net: nn.Module, x: Tensor, train: Callable[[], object]) -> int:
+    """The most bytes that autograd holds at any time of `train()`; what is freed is subtracted.
+
+    Parameters and buffers of `net` and the input `x` are left out.
+    """
+    held, most = {}, [0]
+    known = {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers(), x)}
+
+    class Packed:
+        def __init__(self, t: Tensor):
+            self.tensor, self.key = t, t.untyped_storage().data_ptr()
+            if self.key not in known:
+                held[self.key] = [held.get(self.key, [0])[0] + 1, t.untyped_storage().nbytes()]
+            most[0] = max(most[0], sum(size for _, size in held.values()))
+
+        def __del__(self):
+            if self.key in held:
+                held[self.key][0] -= 1
+                if held[self.key][0] == 0:
+                    del held[self.key]
+
+    with torch.autograd.graph.saved_tensors_hooks(Packed, lambda p: p.tensor):
+        train()
+    gc.collect()
+    return most[0]
+
+
+def live_at_most(train: Callable[[], object]) -> int:
+    """The most bytes of all tensors made in `train()` that live at one time, beside what kernels use inside."""
+    sizes: dict[int, int] = {}
+    most = [0]
+
+    class Live(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+            for t in tree_leaves(out):
+                key = t.untyped_storage()._cdata if isinstance(t, Tensor) else None
+                if key is not None and key not in given and key not in sizes:
+                    sizes[key] = t.untyped_storage().nbytes()
+                    weakref.finalize(t.untyped_storage(), sizes.pop, key)
+            most[0] = max(most[0], sum(sizes.values()))
+            return out
+
+    with Live():
+        train()
+    return most[0]

@@ -1,12 +1,11 @@
 """The loop over time: what is chosen, cut, computed once, kept and moved, on small networks of the zoo."""
 
 import copy
-import gc
 
 import pytest
 import torch
-from reference import Quadratic, dense_net, error, gradients, sample
-from torch import Tensor, nn
+from reference import Quadratic, bptt, dense_net, error, gradients, held_at_most, sample
+from torch import nn
 
 from spikefit import create_model, use_strategy
 from spikefit.encoding import repeat
@@ -262,33 +261,6 @@ def test_backward_and_surroundings_are_those_handed_in():
     assert error(inside, outside, "3.synapse.weight") > 0
 
 
-def held_at_most(net, x, y, rule):
-    """The most bytes that autograd holds at any time, besides parameters and the input; what is freed is subtracted."""
-    held, most = {}, [0]
-    known = {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers(), x)}
-
-    class Packed:
-        def __init__(self, t: Tensor):
-            self.tensor, self.key = t, t.untyped_storage().data_ptr()
-            if self.key not in known:
-                held[self.key] = [held.get(self.key, [0])[0] + 1, t.untyped_storage().nbytes()]
-            most[0] = max(most[0], sum(size for _, size in held.values()))
-
-        def __del__(self):
-            if self.key in held:
-                held[self.key][0] -= 1
-                if held[self.key][0] == 0:
-                    del held[self.key]
-
-    with torch.autograd.graph.saved_tensors_hooks(Packed, lambda p: p.tensor):
-        if rule is None:
-            LOSS(net(x), y).backward()
-        else:
-            drive(net, x, y, LOSS, rule)
-    gc.collect()
-    return most[0]
-
-
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("rule", [sltt(), ottt(), ndot(), tbptt(2), sltt(k=2)], ids=lambda r: r.name)
@@ -296,8 +268,9 @@ def test_what_is_held_for_backward_does_not_grow_with_the_sequence(rule, name, s
     make, shape = NETS[name]
 
     def at(T, rule):
-        x, y = sample(T=T, shape=shape)
-        return held_at_most(make(), repeat(x[0], T) if static else x, y, rule)
+        net, (x, y) = make(), sample(T=T, shape=shape)
+        x = repeat(x[0], T) if static else x
+        return held_at_most(net, x, lambda: bptt(net, x, y, LOSS) if rule is None else run(net, x, y, rule))
 
     found = [at(T, rule) for T in (2, 4, 8, 16)]
     assert found[0] > 0

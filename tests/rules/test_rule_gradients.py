@@ -30,7 +30,8 @@ from spikefit.layers import (
 from spikefit.losses.losses import Loss
 from spikefit.models import SpikingNetwork
 from spikefit.rules import TraceRule, drive, ndot, ottt, sltt, tbptt
-from spikefit.rules.sequence import Sequence, Trace
+from spikefit.rules.sequence import Sequence
+from spikefit.rules.step import Trace
 
 EXACT = 1e-12
 LOSS = Quadratic()

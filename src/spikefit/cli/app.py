@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from spikefit.cli import missing
-from spikefit.errors import OptionError, SpikefitError
+from spikefit.errors import OptionError, RuleWarning, SpikefitError
 
 # wherever the installed typer keeps its parser, this is the base of its complaints about the words of a command
 UsageError: Any = typer.BadParameter.__base__
@@ -55,6 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(words: list[str], debug: bool) -> int:
+    warnings.showwarning = _show_warning
     try:
         code = int(app(args=words or ["--help"], prog_name="spikefit", standalone_mode=False) or 0)
         # typer turns Ctrl-C into this number and says nothing
@@ -83,8 +85,18 @@ def _run(words: list[str], debug: bool) -> int:
         return _say(f"{type(error).__name__}: {error}. Run again with --debug to see where it happened.", 1)
 
 
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """One line for a note of a rule; all other warnings as Python shows them."""
+    if issubclass(category, RuleWarning):
+        print(f"spikefit: note: {message}", file=sys.stderr)
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=sys.stderr)
+
+
 def _say(sentence: str, code: int) -> int:
-    print(f"spikefit: {' '.join(sentence.split())}", file=sys.stderr)
+    # an error that lists several reasons has a line for each
+    lines = [" ".join(line.split()) for line in sentence.split("\n- ")]
+    print("spikefit: " + "\n- ".join(lines), file=sys.stderr)
     return code
 
 

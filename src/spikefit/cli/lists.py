@@ -49,11 +49,19 @@ def _presets() -> list[Row]:
 
 def _strategies() -> list[Row]:
     from spikefit.engines import STRATEGIES
+    from spikefit.rules import RULES
 
-    return [
+    rows = [
         {"name": n, "gradient": "exact" if kind.exact else "approximate", "summary": kind.summary}
         for n, kind in STRATEGIES.items()
     ]
+    return rows + [{"name": n, "gradient": "approximate", "summary": kind.summary} for n, kind in RULES.items()]
+
+
+def _rules() -> list[Row]:
+    from spikefit.rules import verdict_rows
+
+    return verdict_rows()
 
 
 def _strategies_for(model: str, changes: dict[str, str]) -> list[Row]:
@@ -62,9 +70,11 @@ def _strategies_for(model: str, changes: dict[str, str]) -> list[Row]:
     from spikefit.engines import STRATEGIES, parse_strategy
     from spikefit.errors import StrategyError
     from spikefit.models import SpikingNetwork, use_strategy
-    from spikefit.training import build_model
+    from spikefit.rules import RULES, parse_driver
+    from spikefit.training import build_loss, build_model
 
-    network, rows = build_model(read_recipe(model, changes), learns=False), []
+    recipe = read_recipe(model, changes)
+    network, rows = build_model(recipe, learns=False), []
     for name, kind in STRATEGIES.items():
         try:
             use_strategy(network, name)
@@ -74,6 +84,14 @@ def _strategies_for(model: str, changes: dict[str, str]) -> list[Row]:
         exact = all(parse_strategy(name).exact_on(m.chain) for m in network.modules() if isinstance(m, SpikingNetwork))
         gradient = "exact" if exact and kind.exact else "approximate"
         rows.append({"name": name, "applies": applies, "gradient": gradient, "summary": kind.summary})
+    network = build_model(recipe, learns=False)  # under the strategy that it is made with, or that of the recipe
+    for name, rule in RULES.items():
+        try:
+            notes = parse_driver(name).notes(network, build_loss(recipe, network), timesteps=recipe.encoding.timesteps)
+            applies = "; ".join(["yes", *map(str, notes)])
+        except StrategyError as error:
+            applies = f"no: {error}"
+        rows.append({"name": name, "applies": applies, "gradient": "approximate", "summary": rule.summary})
     return rows
 
 
@@ -94,6 +112,7 @@ def _norms() -> list[Row]:
         "bn": "batch norm over time, batch and space",
         "tdbn": "the same, weight starting at v_threshold",
         "step_bn": "batch norm of every step apart",
+        "osr": "running statistics forward, batch norm of every step backward",
         "ws": "none; the weight is standardised",
         "none": "none; the weight has a bias",
     }
@@ -165,6 +184,7 @@ KINDS: dict[str, tuple[str, Any]] = {
     "models": ("networks of the zoo", _models),
     "presets": ("neuron and norm of published networks", _presets),
     "strategies": ("how gradients are obtained", _strategies),
+    "rules": ("which rule goes with which part: yes, note (it runs, with a remark), no", _rules),
     "neurons": ("neuron equations", _neurons),
     "norms": ("norms", _norms),
     "surrogates": ("slopes of the spike in backward", _surrogates),

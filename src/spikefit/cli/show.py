@@ -104,6 +104,8 @@ def show_profile(target: str, result: dict[str, Any]) -> None:
     )
     measured, seconds, energy = result["measured_peak_bytes"], result["step_seconds"], result["energy"]
     totals = [
+        ["gradient", settings["gradient"]],
+        *[["", note] for note in settings["notes"]],
         ["kept for backward", f"{result['saved_bytes'] / MIB:.1f} MiB"],
         *[[name, f"{count / MIB:.1f} MiB"] for name, count in result["categories"].items()],
         ["peak of a step, predicted", f"{result['predicted_peak_bytes'] / MIB:.1f} MiB above weights and input"],

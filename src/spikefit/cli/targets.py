@@ -11,7 +11,7 @@ from spikefit.data import Dataset
 from spikefit.data.images import SUFFIXES, read_image
 from spikefit.data.nmnist import read_events
 from spikefit.engines import Plan
-from spikefit.errors import DataError, OptionError
+from spikefit.errors import DataError, OptionError, StrategyError
 from spikefit.models import MODELS
 from spikefit.ops.dispatch import use_backend
 from spikefit.planning import (
@@ -54,6 +54,28 @@ def read_step(target: str, changes: dict[str, str], *, shapes_only: bool = False
     return build_step(read_recipe(target, changes), shapes_only=shapes_only)
 
 
+# What to do where a verb is about backward over a whole sequence, and a rule runs the step.
+INSTEAD = {
+    "plan": "its memory does not grow with T, and strategy.inside=lean:spikes takes less of it within a step",
+    "verify": "its gradient is not that of BPTT, and spikefit compare tells how far it is",
+    "report": "nothing is kept over the sequence, and spikefit profile tells the bytes of a step",
+}
+
+
+def _whole_step(verb: str, target: str, changes: dict[str, str], *, shapes_only: bool = False) -> Step:
+    """As `read_step`, for a verb about whole sequences.
+
+    Raises:
+        StrategyError: a rule runs the step.
+    """
+    step = read_step(target, changes, shapes_only=shapes_only)
+    if step.driver.rule is not None:
+        raise StrategyError(
+            f"{verb}: expected a strategy that trains whole sequences, got the rule {step.driver}; {INSTEAD[verb]}."
+        )
+    return step
+
+
 def profile_target(target: str, changes: dict[str, str], *, predict_only: bool) -> Profile:
     """Profile one training step of `target` on random input of the right shape."""
     return profile(read_step(target, changes, shapes_only=predict_only), predict_only=predict_only)
@@ -70,7 +92,7 @@ def plan_target(target: str, changes: dict[str, str]) -> Plan:
         raise OptionError("plan: give the memory there is, budget=4GB (or budget=least).")
     limit = _limit(settings.pop("budget"))
     optimizer = settings.get("optimizer")
-    step = read_step(target, settings, shapes_only=True)
+    step = _whole_step("plan", target, settings, shapes_only=True)
     with use_backend(step.backend):
         return plan(
             step.model,
@@ -90,7 +112,7 @@ def _limit(budget: str) -> str | None:
 
 def verify_target(target: str, changes: dict[str, str]) -> Verdict:
     """Verify the strategy of `target` on random input."""
-    step = read_step(target, changes)
+    step = _whole_step("verify", target, changes)
     return verify(step.model, step.sample, loss=step.loss, backend=step.backend, autocast=step.autocast)
 
 
@@ -98,7 +120,7 @@ def report_target(target: str, changes: dict[str, str]) -> MemoryReport:
     """Report the strategy of `target`, or the plan for the setting `budget`."""
     settings = dict(changes)
     budget, optimizer = settings.pop("budget", None), settings.get("optimizer")
-    step = read_step(target, settings, shapes_only=True)
+    step = _whole_step("report", target, settings, shapes_only=True)
     options: dict[str, Any] = {
         "optimizer": optimizer,
         "loss": step.loss,
@@ -124,7 +146,7 @@ def doctor_target(target: str, changes: dict[str, str]) -> Diagnosis:
         if callable(reset := getattr(model, "reset", None)):
             reset()
         optimizer.zero_grad()
-        training_step(model, step.x, step.y, step.loss, autocast=step.autocast)
+        training_step(model, step.x, step.y, step.loss, autocast=step.autocast, driver=step.driver)
         optimizer.step()
 
     with use_backend(step.backend):

@@ -188,6 +188,9 @@ STRATEGIES: dict[str, StrategyKind] = {
 }
 
 
+# Rules, which drive a model from outside (`spikefit.rules`); written in the same place, and no strategies of a model.
+RULE_NAMES = ("sltt", "sltt_k", "ottt", "ndot", "tbptt", "rate")
+
 # What the options are called where a strategy is written as a table, in the order in which a text has them.
 OPTION_NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
     "lean": (("keep",),),
@@ -222,10 +225,16 @@ def parse_strategy(text: "str | dict[str, Any] | Strategy") -> Strategy:
     if not isinstance(text, str):
         raise StrategyError(f"strategy: expected a text such as 'lean:spikes', a table or a Strategy, got {text!r}.")
     name, _, option = text.partition(":")
+    if name in RULE_NAMES:
+        raise StrategyError(
+            f"strategy: {name} is a rule, which drives a model from outside; train with strategy={name!r} in a recipe, "
+            "or call spikefit.rules.parse_driver(...).run(model, x, y, loss)."
+        )
     if name not in STRATEGIES:
-        near = difflib.get_close_matches(name, STRATEGIES, n=2, cutoff=0.3)
+        near = difflib.get_close_matches(name, (*STRATEGIES, *RULE_NAMES), n=2, cutoff=0.3)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise StrategyError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {name!r}.{hint}")
+        known = ", ".join((*STRATEGIES, *RULE_NAMES))
+        raise StrategyError(f"strategy: expected one of {known}, got {name!r}.{hint}")
     strategy = Strategy(name, option or None)
     STRATEGIES[name].check(strategy.option)
     return strategy

@@ -17,6 +17,7 @@ from spikefit.layers.chain import State, run_blocks
 from spikefit.layers.coupled_function import run_coupled
 from spikefit.layers.coupled_keep import Keep, check_keep
 from spikefit.layers.coupled_steps import CoupledSteps
+from spikefit.layers.norm import needs_whole_calls
 from spikefit.layers.rebuild import TOLERANCE, Rebuild
 from spikefit.layers.repeat import repeated
 
@@ -56,10 +57,10 @@ def check_stepped(chain: list[Any], option: str | None = None) -> None:
                 "strategy='checkpoint', which runs whole sequences."
             )
         norms = [(path, m) for module in modules_of([block]) for path, m in module.named_modules()]
-        found = [path for path, m in norms if getattr(m, "time_scope", "none") == "sequence"]
+        found = [path for path, m in norms if needs_whole_calls(m)]
         if found:
             raise StrategyError(
-                f"strategy step_checkpoint: {'.'.join(filter(None, (name, found[0])))} normalises over the whole "
+                f"strategy step_checkpoint: {'.'.join(filter(None, (name, found[0])))} needs the whole "
                 "sequence; use norm='step_bn' ('ws', 'none'), or strategy='checkpoint'."
             )
 

@@ -3,7 +3,7 @@
 from spikefit.layers.attention import SpikingAttention
 from spikefit.layers.block import ResidualBlock
 from spikefit.layers.chain import Chain
-from spikefit.layers.norm import NORMS, BatchNorm, StepBatchNorm, create_norm, frozen_statistics
+from spikefit.layers.norm import NORMS, BatchNorm, OnlineRenorm, StepBatchNorm, create_norm, frozen_statistics
 from spikefit.layers.shape import (
     AveragePoolTime,
     Dropout,
@@ -28,6 +28,7 @@ __all__ = [
     "Flatten",
     "FlattenTime",
     "GlobalAveragePool",
+    "OnlineRenorm",
     "Pool2d",
     "Readout",
     "ResidualBlock",

@@ -6,8 +6,8 @@ values. It holds for one forward; nothing is stored in modules.
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,40 @@ from spikefit.errors import StrategyError
 
 if TYPE_CHECKING:
     from spikefit.layers.norm import BatchNorm
+    from spikefit.layers.packed import PackedSpikes, Spikes
+    from spikefit.layers.unit import SpikingUnit
     from spikefit.layers.weight import Weight
     from spikefit.neurons import SpikingNeuron
+
+
+class Traced(NamedTuple):
+    """What the gradients of norm(W * i) read in a lean unit, in the place of this step's values, for one step.
+
+        z = W * i + bias      dW = sum g a^T,     dbias = c sum g,     g = dL/dz
+        x = first n + second  dfirst = sum h p,   dsecond = c sum h,   h = dL/dx
+
+    Attributes:
+        a: trace of the input i, [1, B, C, ...]; None for c i, where the input is the same at every step.
+        c: trace of 1.
+        follow: called once in forward with n, [1, B, C_out, ...]; returns p, its trace. None for no trace of the norm.
+    """
+
+    a: Tensor | None
+    c: float | Tensor
+    follow: Callable[[Tensor], Tensor] | None = None
+
+
+class Tracer(Protocol):
+    """What a rule with traces does for a unit that runs lean; everything else the unit does by itself."""
+
+    def trace(self, unit: "SpikingUnit", x: "Spikes") -> Traced | None:
+        """The traces of a unit that reads `x`, [1, B, C, ...]; None where the rule has none."""
+
+    def start(self, neuron: "SpikingNeuron", v_0: Tensor | None) -> Tensor | None:
+        """`v_0` itself, with the gradient that earlier steps give to what the neuron learns."""
+
+    def fired(self, neuron: "SpikingNeuron", spikes: "PackedSpikes", v_0: Tensor | None, v_T: Tensor) -> None:
+        """Take note of what the neuron did: its spikes before the pool, and its membrane before and after."""
 
 
 class Applier(Protocol):
@@ -35,8 +67,8 @@ class Applier(Protocol):
     def drop(self, layer: nn.Module, x: Tensor, p: float) -> Tensor:
         """`x` with elements dropped with probability `p`, in training."""
 
-    def check_lean(self, unit: nn.Module) -> None:
-        """Raise StrategyError unless a unit may run lean, past all of the above."""
+    def check_lean(self, unit: nn.Module) -> Tracer | None:
+        """Raise StrategyError unless a unit may run lean, past all of the above; who traces it then, or None."""
 
 
 _applier: contextvars.ContextVar[Applier | None] = contextvars.ContextVar("spikefit_applier", default=None)

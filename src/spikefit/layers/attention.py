@@ -37,6 +37,8 @@ class SpikingAttention(nn.Module):
     """
 
     consumes_time = False
+    # rules that follow one input to what it does ask for this
+    multiplies_activations = True
 
     def __init__(
         self,

@@ -5,10 +5,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spikefit.layers.applying import Traced
 from spikefit.layers.norm import Normal
 from spikefit.layers.packed import PackedSpikes, Spikes
+from spikefit.layers.running import Sums
 from spikefit.layers.weight import Map, stepwise
-from spikefit.ops.norm import NormGradient, norm_gradient, scale_and_shift
+from spikefit.ops.dtype import compute_dtype
+from spikefit.ops.norm import Moments, NormGradient, norm_gradient, running_map, scale_and_shift
 
 # Values of the input or the current, whichever is larger, that one call of a weight takes in backward.
 PIECE = 1 << 20
@@ -26,6 +29,7 @@ class Branch(NamedTuple):
         normal: its norm.
         chunk: batch rows per call of the weight in forward; None for all.
         over_time: whether the convolution reaches over time, [T, B, C] -> [T', B, C_out].
+        traced: traces that a rule puts in the place of the input in the gradients of weight and norm; None for neither.
     """
 
     source: Spikes
@@ -35,6 +39,7 @@ class Branch(NamedTuple):
     normal: Normal
     chunk: int | None = None
     over_time: bool = False
+    traced: Traced | None = None
 
     @property
     def repeats(self) -> int:
@@ -46,20 +51,25 @@ class Branch(NamedTuple):
 
     def tensors(self) -> list[Tensor | None]:
         """All tensors of the branch, in the order `with_tensors` takes them."""
-        return [*tensors_of(self.source), self.weight, self.bias, self.normal.first, self.normal.second]
+        a = None if self.traced is None else self.traced.a
+        return [*tensors_of(self.source), self.weight, self.bias, self.normal.first, self.normal.second, a]
 
     def without_tensors(self) -> "Branch":
         """A description that holds no memory and no graph."""
         normal = self.normal._replace(first=None, second=None)
-        return self._replace(source=template_of(self.source), weight=self.weight.detach()[:0], bias=None, normal=normal)
+        source, weight = template_of(self.source), self.weight.detach()[:0]
+        # what follows the norm knows the rule and all its traces
+        traced = None if self.traced is None else self.traced._replace(a=None, follow=None)
+        return self._replace(source=source, weight=weight, bias=None, normal=normal, traced=traced)
 
     def with_tensors(self, tensors: list[Tensor | None]) -> "Branch":
         """The branch again, from what `without_tensors` and `tensors` returned."""
-        source, bits, weight, bias, first, second = tensors
+        source, bits, weight, bias, first, second, a = tensors
         assert source is not None
         assert weight is not None
         normal = self.normal._replace(first=first, second=second)
-        return self._replace(source=filled(self.source, source, bits), weight=weight, bias=bias, normal=normal)
+        made = self._replace(source=filled(self.source, source, bits), weight=weight, bias=bias, normal=normal)
+        return made if self.traced is None else made._replace(traced=self.traced._replace(a=a))
 
     def computed_steps(self) -> int:
         """Steps of the input that the weight sees."""
@@ -71,6 +81,20 @@ class Branch(NamedTuple):
         dense = x.steps(first, last) if isinstance(x, PackedSpikes) else x[first:last]
         return dense.to(self.weight.dtype)
 
+    def read_by_weight(self, first: int, last: int) -> Tensor:
+        """What the gradient of the weight reads: steps of the input, or the trace in their place."""
+        if self.traced is None or self.traced.a is None:
+            return self.steps(first, last)
+        return self.traced.a[first:last].to(self.weight.dtype)
+
+    def read_by_norm(self, z: Tensor, statistics: Statistics | None) -> Tensor:
+        """n of x = first n + second, shape of `z`: the normalised z, or z itself where the map is given."""
+        if statistics is None:
+            return z
+        shape, dtype = (-1, 1, z.shape[2], *[1] * (z.ndim - 3)), compute_dtype(z.dtype)
+        mean, var = (s.to(dtype).view(shape) for s in statistics)
+        return (z - mean) * torch.rsqrt(var + self.normal.eps)
+
     def forward(self) -> Tensor:
         """z [T, B, C, ...], by the one forward of a weight; one step if the input repeats one."""
         if self.over_time:
@@ -78,18 +102,40 @@ class Branch(NamedTuple):
         count = self.computed_steps()
         return stepwise(lambda t: self.steps(t, t + 1)[0], count, self.map, self.weight, self.bias, self.chunk)
 
-    def affine(self, statistics: Statistics | None, compute: torch.dtype) -> tuple[Tensor, Tensor]:
+    def running(self, statistics: Statistics, rows: int, compute: torch.dtype) -> Statistics | None:
+        """Running statistics [C] that the value uses in the place of those of z; None if it does not.
+
+        `rows` is the number of values of one channel in z.
+        """
+        if self.normal.start is None:
+            return None
+        mean, var = (t.to(compute) for t in statistics)
+        return self.normal.start.settled(Sums.of(Moments(mean, var, rows // mean.shape[0]), self.repeats))
+
+    def affine(
+        self, statistics: Statistics | None, compute: torch.dtype, running: Statistics | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(scale, shift) of the norm, [R, C] in the compute dtype."""
         first, second, C = self.normal.first, self.normal.second, self.weight.shape[0]
         if first is None or second is None:
             ones = self.weight.new_ones((1, C), dtype=compute)
             return ones, torch.zeros_like(ones)
+        if statistics is not None and running is not None:
+            scale, shift = running_map(first, second, *running, self.normal.eps)
+            # a row per step, as the gradient has
+            rows = statistics[0].shape[0]
+            return scale.to(compute).repeat(rows, 1), shift.to(compute).repeat(rows, 1)
         if statistics is not None:
             first, second = scale_and_shift(first, second, *statistics, self.normal.eps)
         return first.to(compute).view(-1, C), second.to(compute).view(-1, C)
 
     def norm_gradient(
-        self, statistics: Statistics | None, scale: Tensor, sums: tuple[Tensor, Tensor] | None, rows: int
+        self,
+        statistics: Statistics | None,
+        scale: Tensor,
+        sums: tuple[Tensor, Tensor] | None,
+        rows: int,
+        running: Statistics | None = None,
     ) -> NormGradient:
         """dz = a dx + b z + c, and the gradients of the two vectors of the norm, from the sums of dx and dx z.
 
@@ -102,7 +148,14 @@ class Branch(NamedTuple):
         if statistics is None or self.normal.first is None:
             return NormGradient(scale.double(), nothing, nothing, sum_gz, sum_g)
         count = rows // scale.shape[0]
-        return norm_gradient(sum_g, sum_gz, self.normal.first, *statistics, self.normal.eps, count)
+        return norm_gradient(sum_g, sum_gz, self.normal.first, *statistics, self.normal.eps, count, running)
+
+    def vector_gradients(self, d: NormGradient, dx: Tensor, trace: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(dfirst, dsecond) [C] of the norm: those in `d`, or of dx [T, M, C] with a trace of what the norm reads."""
+        d_first, d_second, wide = d.d_weight.sum(0), d.d_bias.sum(0), compute_dtype(dx.dtype)
+        if trace is not None:
+            d_first = (dx.to(wide) * as_rows(trace).to(wide)).sum((0, 1))
+        return d_first, d_second if self.traced is None else d_second * self.traced.c
 
 
 def template_of(x: Spikes) -> Spikes:
@@ -183,7 +236,8 @@ class Rebuilt:
         d_source, d_weight, d_bias = self._room() if wants[0] else None, None, None
         for first, last in self._pieces():
             dz = as_images(self.z if over_time else self.z[first:last], self.batch, self.space)
-            x = fold(branch.steps(first, last), over_time)
+            # the gradient of the input reads the weight alone, so a trace can stand in the place of the input
+            x = fold(branch.read_by_weight(first, last), over_time)
             dx, dw, db = branch.map.gradient(x, fold(dz, over_time), branch.weight, wants)
             d_weight, d_bias = _added(d_weight, dw), _added(d_bias, db)
             if d_source is not None and dx is not None:
@@ -194,6 +248,10 @@ class Rebuilt:
         if d_source is not None and branch.repeats > 1:
             rest = d_source.new_zeros(branch.source.shape[0] - 1, *d_source.shape[1:])
             d_source = torch.cat([d_source, rest])
+        if branch.traced is not None:
+            d_bias = None if d_bias is None else d_bias * branch.traced.c
+            if d_weight is not None and branch.traced.a is None:
+                d_weight = d_weight * branch.traced.c
         dtype = branch.weight.dtype
         return (
             d_source,

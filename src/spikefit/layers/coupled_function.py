@@ -68,7 +68,8 @@ def run_coupled(block: CoupledSteps, x: Tensor, state: tuple[Any, ...] | None = 
 class _Coupled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: Call, x, *tensors):
-        ctx.call, ctx.surroundings, block = call, Surroundings.now(x.device.type), call.block
+        block = call.block
+        ctx.call, ctx.surroundings = call, Surroundings.now(x.device.type, [block])
         v, flat, _ = call.parted(tensors)
         gains, learns = call.by_step(flat), any(call.parted(ctx.needs_input_grad[2:])[1])
         # bits give every argument of a branch; states are there for the gradients of gains alone

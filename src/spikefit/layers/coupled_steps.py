@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from spikefit.errors import OptionError, ShapeError, StateError
 from spikefit.layers.coupling import check_range, check_stream_grid, couple, on_grid
 from spikefit.layers.gains import Gains
+from spikefit.layers.norm import OnlineRenorm
 from spikefit.neurons.threshold import Threshold
 from spikefit.ops.dtype import compute_dtype
 
@@ -143,6 +144,13 @@ class CoupledSteps(nn.Module):
                 f"CoupledSteps: expected gains for {T} steps and {self.count} stages, and a shared module per stage or "
                 f"none, got gains for {gains[0]} steps and {gains[1]} stages and "
                 f"{0 if self.shared is None else len(self.shared)} shared modules."
+            )
+        common = [self.heads] if self.shared is None else [self.heads, self.shared]
+        if any(isinstance(m, OnlineRenorm) for part in common for m in part.modules()):
+            raise OptionError(
+                "CoupledSteps: expected norms in shared modules and heads that take each call by itself, got an "
+                "OnlineRenorm, which moves its running statistics once per sequence and is called in every step; use "
+                "StepBatchNorm, or a norm of its own for every step in the branches."
             )
         wrong = {t: name for t, name in self.head_of.items() if not 1 <= t <= T or name not in self.heads}
         if wrong:

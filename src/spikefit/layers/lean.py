@@ -6,7 +6,8 @@
 
 The forward runs the operations of `SpikingUnit.forward` in their order, so spikes and membranes are the same bits. The
 statistics of the norm are kept, never taken again; the reset uses the stored spikes, so rounding in the recomputed z
-cannot flip one.
+cannot flip one. Under a rule with traces (`Traced`) the gradients of weight and norm read these in the place of what
+weight and norm read; z, u and the gradient of the input are got as without.
 """
 
 from typing import NamedTuple
@@ -37,7 +38,7 @@ def run_lean(
     """Run a unit whose backward is exact and rebuilds what it needs.
 
     Args:
-        branches: the terms of the current; their sum is taken in this order.
+        branches: the terms of the current; their sum is taken in this order. With traces the sequence is one step.
         shortcut: a further term that is added as it is, [T, B, C, ...]; None for none.
         v_0: membrane [B, C, ...]; zeros if None.
         dynamics: equation and coefficients of the neurons.
@@ -57,7 +58,8 @@ def run_lean(
         backend,
     )
     tensors = [t for b in branches for t in b.tensors()]
-    carrier, bits, v_T, *stats = _Lean.apply(plan, v_0, dynamics.learned, *tensors_of(shortcut), *tensors)
+    follow = [None if b.traced is None else b.traced.follow for b in branches]
+    carrier, bits, v_T, *stats = _Lean.apply(plan, follow, v_0, dynamics.learned, *tensors_of(shortcut), *tensors)
     spikes = PackedSpikes(carrier, bits, v_T.shape[1], tuple(v_T.shape[2:]), plan.pool, False, carrier.dtype)
     return spikes, v_T, _paired(plan, stats)
 
@@ -74,16 +76,16 @@ class _Plan(NamedTuple):
 
 
 # Arguments of `_Lean` before the tensors of the branches, and tensors of a branch.
-LEADING, WIDTH = 5, 6
+LEADING, WIDTH = 6, 7
 
 
 class _Lean(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan, v_0, learned, added, added_bits, *tensors):
+    def forward(ctx, plan, follow, v_0, learned, added, added_bits, *tensors):
         branches = _with_tensors(plan, tensors)
         # casts were made before; inside, every operation runs in the dtype of its operands
         with torch.autocast(branches[0].weight.device.type, enabled=False):
-            return _forward(ctx, plan, branches, v_0, learned, added, added_bits, tensors)
+            return _forward(ctx, plan, follow, branches, v_0, learned, added, added_bits, tensors)
 
     @staticmethod
     def backward(ctx, g, _bits, q, *_stats):
@@ -109,17 +111,23 @@ def _paired(plan: _Plan, stats) -> list[Statistics | None]:
     return [next(pairs) if b.normal.kind == "batch" else None for b in plan.branches]
 
 
-def _forward(ctx, plan: _Plan, branches: list[Branch], v_0, learned, added, added_bits, tensors):
+def _forward(ctx, plan: _Plan, follow, branches: list[Branch], v_0, learned, added, added_bits, tensors):
     zs, maps = [], []
     stats: list[Tensor] = []
-    for b in branches:
+    traces: list[Tensor | None] = []
+    starts: list[Statistics | None] = []
+    for b, trace_of in zip(branches, follow, strict=True):
         z = b.forward()
-        statistics = None
+        compute, statistics, running = compute_dtype(z.dtype), None, None
         if b.normal.kind == "batch":
             statistics = moments(z, per_step=b.normal.per_step, backend=b.normal.backend)
             stats += statistics
+            running = b.running(statistics, z.numel() // z.shape[2], compute)
+        read = statistics if running is None else running
+        traces.append(None if trace_of is None else trace_of(b.read_by_norm(z, read)))
         zs.append(z)
-        maps.append(b.affine(statistics, compute_dtype(z.dtype)))
+        starts.append(running)
+        maps.append(b.affine(statistics, compute, running))
     shape = zs[0].shape
     # a repeated input gives one step of current, for all T steps of the neuron
     T = max(z.shape[0] * b.repeats for z, b in zip(zs, branches, strict=True))
@@ -129,7 +137,9 @@ def _forward(ctx, plan: _Plan, branches: list[Branch], v_0, learned, added, adde
     bits, v_T = fire(current, start, T, grid, plan.dynamics._replace(learned=learned), backend=plan.backend)
 
     kept = current.zs if plan.keep == "input" else []
-    ctx.save_for_backward(v_0, learned, added, added_bits, bits, *stats, *kept, *tensors)
+    ctx.save_for_backward(v_0, learned, added, added_bits, bits, *stats, *kept, *traces, *tensors)
+    # vectors of C values, which nothing changes
+    ctx.starts = starts
     ctx.plan, ctx.grid, ctx.device, ctx.dtype = plan, grid, bits.device.type, zs[0].dtype
     ctx.shapes, ctx.counts = [z.shape for z in zs], (len(stats), len(kept))
     ctx.mark_non_differentiable(bits, *stats)
@@ -168,13 +178,16 @@ def _backward(ctx, g: Tensor | None, q: Tensor | None):
     plan, grid, shape = ctx.plan, ctx.grid, ctx.shapes[0]
     v_0, learned, added, added_bits, bits, *rest = ctx.saved_tensors
     first, second = ctx.counts[0], sum(ctx.counts)
-    statistics, kept, branches = _paired(plan, rest[:first]), rest[first:second], _with_tensors(plan, rest[second:])
+    third = second + len(plan.branches)
+    statistics, kept, traces = _paired(plan, rest[:first]), rest[first:second], rest[second:third]
+    branches = _with_tensors(plan, rest[third:])
     wants = [ctx.needs_input_grad[i : i + WIDTH] for i in range(LEADING, len(ctx.needs_input_grad), WIDTH)]
 
     rebuilt = [
         Rebuilt(b, ctx.shapes[k], ctx.dtype, kept[k] if kept else None, wants[k][0]) for k, b in enumerate(branches)
     ]
-    maps = [b.affine(s, compute_dtype(ctx.dtype)) for b, s in zip(branches, statistics, strict=True)]
+    compute = compute_dtype(ctx.dtype)
+    maps = [b.affine(s, compute, start) for b, s, start in zip(branches, statistics, ctx.starts, strict=True)]
     current = _current(plan, [r.z for r in rebuilt], maps, added, added_bits)
     outer = (
         bits.new_zeros((), dtype=ctx.dtype).expand(len(bits), grid.pooled_rows, shape[2]) if g is None else as_rows(g)
@@ -184,17 +197,17 @@ def _backward(ctx, g: Tensor | None, q: Tensor | None):
         outer.to(ctx.dtype).contiguous(), end, current, start, bits, grid, plan.dynamics._replace(learned=learned)
     )  # fmt: skip
     sums = None
-    if any(b.normal.kind == "batch" or any(w[4:]) for b, w in zip(branches, wants, strict=True)):
+    if any(b.normal.kind == "batch" or any(w[4:6]) for b, w in zip(branches, wants, strict=True)):
         sums = fire_sums(*arguments, backend=plan.backend)
     norms = [
-        b.norm_gradient(s, m[0], None if sums is None else (sums[0], sums[1 + k]), r.z.shape[0] * r.z.shape[1])
-        for k, (b, s, m, r) in enumerate(zip(branches, statistics, maps, rebuilt, strict=True))
+        b.norm_gradient(s, m[0], None if sums is None else (sums[0], sums[1 + k]), r.z.shape[0] * r.z.shape[1], start)
+        for k, (b, s, m, r, start) in enumerate(zip(branches, statistics, maps, rebuilt, ctx.starts, strict=True))
     ]
-    want_v_0, want_learned, want_added = ctx.needs_input_grad[1:4]
+    want_v_0, want_learned, want_added = ctx.needs_input_grad[2:5]
     dx, dv_0, d_3 = fire_gradient(
         *arguments,
         [torch.stack([d.a, d.b, d.c]).to(compute_dtype(ctx.dtype)) for d in norms],
-        want_current=want_added,
+        want_current=want_added or any(t is not None and w[4] for t, w in zip(traces, wants, strict=True)),
         want_state=want_v_0,
         want_coefficients=want_learned,
         backend=plan.backend,
@@ -204,14 +217,20 @@ def _backward(ctx, g: Tensor | None, q: Tensor | None):
     space = tuple(shape[3:])
     result: list[Tensor | None] = [
         None,
+        None,
         _state_image(dv_0, shape[1], space) if want_v_0 else None,
         d_3.to(learned.dtype) if want_learned else None,
         as_images(dx, shape[1], space).to(added.dtype) if want_added else None,
         None,
     ]
-    for r, d, b, want in zip(rebuilt, norms, branches, wants, strict=True):
+    vectors = []
+    for b, d, trace, want in zip(branches, norms, traces, wants, strict=True):
+        vectors.append(b.vector_gradients(d, dx, trace if want[4] else None))
+    del dx  # as above
+    for r, b, want, given in zip(rebuilt, branches, wants, vectors, strict=True):
         d_source, d_weight, d_bias = r.gradients((want[0], want[2], want[3]))
         result += [d_source, None, d_weight, d_bias]
-        for value, vector, wanted in ((d.d_weight, b.normal.first, want[4]), (d.d_bias, b.normal.second, want[5])):
-            result.append(value.sum(0).to(vector.dtype) if wanted and vector is not None else None)
+        for value, vector, wanted in zip(given, (b.normal.first, b.normal.second), want[4:6], strict=True):
+            result.append(value.to(vector.dtype) if wanted and vector is not None else None)
+        result.append(None)
     return tuple(result)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from spikefit.errors import StrategyError
+from spikefit.layers.norm import needs_whole_calls
 from spikefit.layers.unit import Layer
 from spikefit.neurons import SpikingNeuron
 from spikefit.ops.lif.equation import grid_leak
@@ -95,7 +96,7 @@ def check_rebuild(who: str, layer: Layer, rebuild: Rebuild, *, any_grid: bool = 
     if name == "replay":
         return
     norms = [u.norm for u in (layer.unit, layer.short) if u is not None]
-    if layer.unit.consumes_time or any(getattr(n, "time_scope", "none") == "sequence" for n in norms):
+    if layer.unit.consumes_time or any(map(needs_whole_calls, norms)):
         raise StrategyError(
             f"{who}: {name} runs backwards step by step, and its norm or weight needs the whole sequence; use "
             "norm='step_bn' ('ws', 'none'), or strategy='replay'."

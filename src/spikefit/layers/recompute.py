@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from spikefit.errors import StrategyError
-from spikefit.layers.norm import BatchNorm, frozen_statistics
+from spikefit.layers.norm import BatchNorm, OnlineRenorm, again_from, frozen_statistics, starts_of
+from spikefit.layers.running import Start
 from spikefit.ops.dispatch import Backend, resolve, use_backend
 
 # What a module has to do so that backward can run it again, at the end of a message.
@@ -26,24 +27,26 @@ class Surroundings(NamedTuple):
         device: type of the tensors, "cpu" or "cuda".
         enabled, dtype: of autocast there.
         backend: that `use_backend` had chosen.
+        starts: running statistics of norms whose values are of these in training.
     """
 
     device: str
     enabled: bool
     dtype: torch.dtype
     backend: Backend
+    starts: dict[OnlineRenorm, Start]
 
     @classmethod
-    def now(cls, device: str) -> "Surroundings":
-        """Those of the caller."""
+    def now(cls, device: str, modules: Iterable[nn.Module]) -> "Surroundings":
+        """Those of the caller, before `modules` run."""
         autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        return cls(device, *autocast, cast(Backend, resolve("auto")))
+        return cls(device, *autocast, cast(Backend, resolve("auto")), starts_of(modules))
 
     @contextmanager
     def again(self, modules: Iterable[nn.Module]) -> Iterator[None]:
         """Within the block they hold again, wherever backward is called, and `modules` change no buffers."""
         autocast = torch.autocast(self.device, dtype=self.dtype, enabled=self.enabled)
-        with autocast, use_backend(self.backend), unchanged_buffers(modules):
+        with autocast, use_backend(self.backend), unchanged_buffers(modules), again_from(self.starts):
             yield
 
 

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from spikefit.errors import StrategyError
+from spikefit.layers.norm import OnlineRenorm, again_from, starts_of
 from spikefit.layers.recompute import unchanged_buffers
+from spikefit.layers.running import Start
 from spikefit.ops.dispatch import resolve, use_backend
 from spikefit.ops.values import has_values
 
@@ -27,7 +29,7 @@ def repeated(modules: list[nn.Module], function: Callable[..., Any], *args: Any)
         StrategyError: in backward, if a module of the user's own gives another output when it runs again.
     """
     own = [m for m in modules if not _repeats_itself(m)]
-    contexts = partial(_contexts, modules, own, resolve("auto"))
+    contexts = partial(_contexts, modules, own, resolve("auto"), starts_of(modules))
     # a repetition that stops early would not reach the output of the last block
     with set_checkpoint_early_stop(not own):
         return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
@@ -39,12 +41,12 @@ def _repeats_itself(block: nn.Module) -> bool:
 
 
 def _contexts(
-    blocks: list[nn.Module], own: list[nn.Module], backend: str
+    blocks: list[nn.Module], own: list[nn.Module], backend: str, starts: dict[OnlineRenorm, Start]
 ) -> tuple[AbstractContextManager, AbstractContextManager]:
     """What a run, and its repetitions in backward, run in; outputs of the blocks in `own` have to be the same."""
     marks: list[Mark | None] = []
     first = _watching(own, lambda block, inputs, output: marks.append(_mark(output[0])))
-    return first, _EachTime(lambda: _second_pass(blocks, backend, own, iter(marks)))
+    return first, _EachTime(lambda: _second_pass(blocks, backend, starts, own, iter(marks)))
 
 
 class _EachTime(AbstractContextManager):
@@ -63,10 +65,15 @@ class _EachTime(AbstractContextManager):
 
 @contextmanager
 def _second_pass(
-    blocks: list[nn.Module], backend: str, own: list[nn.Module], marks: "Iterator[Mark | None]"
+    blocks: list[nn.Module],
+    backend: str,
+    starts: dict[OnlineRenorm, Start],
+    own: list[nn.Module],
+    marks: "Iterator[Mark | None]",
 ) -> Iterator[None]:
-    """Buffers stay as they are, and `use_backend` is what it was in the first pass, wherever backward is called."""
-    with unchanged_buffers(blocks), use_backend(backend), _watching(own, partial(_compare, marks)):
+    """Buffers stay as they are; `use_backend` and running statistics are those of the first pass."""
+    watching = _watching(own, partial(_compare, marks))
+    with unchanged_buffers(blocks), again_from(starts), use_backend(backend), watching:
         yield
 
 

@@ -97,7 +97,8 @@ class _Reversible(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: _Call, first, second, *tensors):
         before = tree_unflatten(list(tensors[: call.states]), call.spec)
-        ctx.call, ctx.device, ctx.surroundings = call, first.device, Surroundings.now(first.device.type)
+        ctx.call, ctx.device = call, first.device
+        ctx.surroundings = Surroundings.now(first.device.type, call.blocks.nets)
         sums: list[Tensor] = []
         draws: list[list[Tensor] | None] = []
 

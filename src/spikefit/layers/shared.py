@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from spikefit.errors import OptionError, StateError, StrategyError, named
+from spikefit.layers.norm import needs_whole_calls
 from spikefit.layers.packed import Spikes, dense, packed_or_dense, pooled_space
 from spikefit.layers.rebuild import Rebuild, check_rebuild, neuron_of
 from spikefit.layers.stage_function import Flow, run_rebuilt
@@ -145,7 +146,7 @@ class SharedStage:
 
     def _runs_in_pieces(self) -> bool:
         """Whether no norm and no weight needs the whole sequence."""
-        return not any(u.consumes_time or getattr(u.norm, "time_scope", "none") == "sequence" for u in self.units)
+        return not any(u.consumes_time or needs_whole_calls(u.norm) for u in self.units)
 
     def _largest(self, x: Spikes) -> int:
         """Neurons of all samples in the largest layer."""

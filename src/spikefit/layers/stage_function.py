@@ -118,11 +118,12 @@ class _Rebuilt(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: _Call, source, source_bits, *tensors):
         v_0, flat = tensors[: call.membranes], tensors[call.membranes :]
+        ctx.surroundings = Surroundings.now(source.device.type, call.cells)
         walk = _Forward(call, filled(call.template, source, source_bits), list(v_0), call.named(flat))
         kept, v_T = walk.run()
         saved, ctx.spec = tree_flatten((source, source_bits, v_0, kept, flat))
         ctx.save_for_backward(*saved)
-        ctx.call, ctx.dtype, ctx.surroundings = call, walk.currents[-1].dtype, Surroundings.now(source.device.type)
+        ctx.call, ctx.dtype = call, walk.currents[-1].dtype
         ctx.shapes = [tuple(c.shape[1:]) for c in walk.currents]
         ctx.mark_non_differentiable(kept.bits[-1])
         ctx.set_materialize_grads(False)

@@ -1,6 +1,6 @@
 """The unit: weight -> norm -> neuron (-> pool), the stretch of a network that one strategy choice applies to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spikefit.errors import OptionError, ShapeError, StrategyError
-from spikefit.layers.applying import applier_now
+from spikefit.layers.applying import Tracer, applier_now
 from spikefit.layers.branch import Branch
 from spikefit.layers.lean import run_lean
 from spikefit.layers.norm import BatchNorm, Normal, create_norm
@@ -116,9 +116,8 @@ class SpikingUnit(nn.Module):
         self._check_input(x)
         applier = applier_now()
         if self.keep != "all" and self.neuron is not None:
-            if applier is not None:
-                applier.check_lean(self)
-            bits, v_T = self._run_lean(x, v_0, shortcut)
+            tracer = None if applier is None else applier.check_lean(self)
+            bits, v_T = self._run_lean(x, v_0, shortcut, tracer)
             return bits if packed else bits.dense(), v_T
         current = self.current(x, shortcut)
         if self.neuron is None:
@@ -158,7 +157,7 @@ class SpikingUnit(nn.Module):
         return apply_weight(self.synapse, x, chunk=self.chunk)
 
     def _run_lean(
-        self, x: Spikes, v_0: Tensor | None, shortcut: "Spikes | LaterCurrent | None"
+        self, x: Spikes, v_0: Tensor | None, shortcut: "Spikes | LaterCurrent | None", tracer: Tracer | None
     ) -> tuple[PackedSpikes, Tensor]:
         neuron, units, inputs = self.neuron, [self], [x]
         if neuron is None or type(neuron).forward is not SpikingNeuron.forward:
@@ -174,16 +173,21 @@ class SpikingUnit(nn.Module):
         if isinstance(shortcut, LaterCurrent):
             units, inputs, shortcut = [self, shortcut.unit], [x, shortcut.x], None
         branches = [unit.branch(i) for unit, i in zip(units, inputs, strict=True)]
+        if tracer is not None:
+            traced = [tracer.trace(unit, i) for unit, i in zip(units, inputs, strict=True)]
+            branches = [b._replace(traced=t) for b, t in zip(branches, traced, strict=True)]
         spikes, v_T, statistics = run_lean(
             branches,
             None if shortcut is None else packed_or_dense(shortcut),
-            v_0,
+            v_0 if tracer is None else tracer.start(neuron, v_0),
             dynamics_of(branches[0].weight, **neuron.options()),
             pool=self.pool,
             keep=self.keep,
             backend=neuron.backend,
         )
         _check_pool(tuple(v_T.shape[2:]), self.pool)
+        if tracer is not None:
+            tracer.fired(neuron, replace(spikes, pool=""), v_0, v_T)
         for unit, branch, pair in zip(units, branches, statistics, strict=True):
             if pair is not None and isinstance(unit.norm, BatchNorm):
                 mean, var = (t.to(v_T.dtype) for t in pair)
@@ -241,7 +245,7 @@ class SpikingConv2d(SpikingUnit):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as in nn.Conv2d; padding None keeps
             the side at stride 1.
-        norm: "bn", "tdbn", "step_bn", "ws" or "none".
+        norm: "bn", "tdbn", "step_bn", "osr", "ws" or "none".
         neuron: a module, a name, {"name": ..., option: ...}, or None for a unit that returns the current.
         pool: None, "max" or "avg" (2x2).
         bias: whether the weight has one; None for one where no norm has it ("ws", "none").
@@ -366,7 +370,7 @@ class SpikingLinear(SpikingUnit):
 
     Args:
         in_features, out_features: as in nn.Linear.
-        norm: "bn", "tdbn", "step_bn", "ws" or "none".
+        norm: "bn", "tdbn", "step_bn", "osr", "ws" or "none".
         neuron: as in `SpikingConv2d`.
         chunk: batch rows per call of the weight.
 

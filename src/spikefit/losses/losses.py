@@ -74,8 +74,9 @@ class Loss:
 
 
 def labels_per_step(targets: Tensor) -> Tensor:
-    """How many labels a step has, on average over the sequence: targets [T, B] -> 0-d, for `Loss.step`."""
-    return (targets != UNLABELLED).sum() / targets.shape[0]
+    """How many labels a step has, on average over the sequence: targets [T, B] -> 0-d > 0, for `Loss.step`."""
+    # where there is no label at all, the sum that this divides is 0
+    return (targets != UNLABELLED).sum().clamp(min=1) / targets.shape[0]
 
 
 def _cross_entropy(

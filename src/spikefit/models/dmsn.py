@@ -216,21 +216,14 @@ class OneStepNetwork(SpikingNetwork):
         # complains about sides that do not fit
         self.init_state(1, device="meta")
 
-    def init_state(self, batch_size: int, input_shape: tuple[int, ...] | None = None, **like: Any) -> tuple[Any, ...]:
-        """As of any network; images have sides that pass all windows."""
-        try:
-            return super().init_state(batch_size, input_shape, **like)
-        except ShapeError as error:
-            shape = self.input_shape if input_shape is None else tuple(input_shape)
-            multiple = 4 * 2 ** sum(isinstance(block, PatchMerging) for block in self.blocks)
-            if len(shape) == 3 and all(side % multiple == 0 for side in shape[1:]):
-                raise
-            # what does not fit, without what else to do
-            fact = str(error).partition("which do not pass ")[2].partition("). Resize")[0].partition("; ")[0]
-            raise ShapeError(
-                f"{type(self).__name__}: expected images (C, H, W) with sides that are multiples of {multiple}, which "
-                f"fit all windows, got {shape}, which do not pass {fact}). Pad or resize them."
-            ) from None
+    def _does_not_pass(self, sample: tuple[int, ...], where: str, fact: str) -> str:
+        multiple = 4 * 2 ** sum(isinstance(block, PatchMerging) for block in self.blocks)
+        if len(sample) == 3 and all(side % multiple == 0 for side in sample[1:]):
+            return super()._does_not_pass(sample, where, fact)
+        return (
+            f"expected images (C, H, W) with sides that are multiples of {multiple}, which fit all windows, got "
+            f"{sample}, which do not pass {where} ({fact.partition('; ')[0]}). Pad or resize them."
+        )
 
     def _check(self, x: Tensor) -> None:
         super()._check(x)

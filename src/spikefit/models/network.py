@@ -14,6 +14,7 @@ from spikefit.errors import OptionError, ShapeError, StateError, StrategyError
 from spikefit.layers import SpikingUnit
 from spikefit.layers.chain import State
 from spikefit.layers.keeping import Keeping
+from spikefit.layers.norm import needs_whole_calls
 from spikefit.layers.shared import TAKES, SharedStage, check_groups, check_share, shares_layers
 from spikefit.layers.weight import check_floating
 from spikefit.models.checks import check_count
@@ -111,10 +112,11 @@ class SpikingNetwork(nn.Module):
                 )
             if share != "none":
                 check_groups(name, unit, groups)
-        if self.stages and self.sequence_norms():
+        whole = [name for name, m in self.named_modules() if needs_whole_calls(m)]
+        if self.stages and whole:
             raise OptionError(
-                f"{who}: share={share!r} runs step by step, and {self.sequence_norms()[0]} normalises over the whole "
-                "sequence; use norm='step_bn' ('ws', 'none'), or share='channel'."
+                f"{who}: share={share!r} runs step by step, and {whole[0]} needs the whole sequence; "
+                "use norm='step_bn' ('ws', 'none'), or share='channel'."
             )
         if self.stages and self.time_consumers():
             raise OptionError(
@@ -271,13 +273,17 @@ class SpikingNetwork(nn.Module):
             except ShapeError as error:
                 # its first sentence says what does not fit; what to do is known better here
                 fact = str(error).partition(". ")[0]
-                raise ShapeError(
-                    f"{type(self).__name__}: expected samples of {self.input_shape}, or of sides that pass all blocks, "
-                    f"got {sample}, which do not pass {getattr(block, 'name', f'blocks.{i}')} ({fact}). "
-                    f"Resize them, or create the model with input_shape={sample}."
-                ) from None
+                where = getattr(block, "name", f"blocks.{i}")
+                raise ShapeError(f"{type(self).__name__}: {self._does_not_pass(sample, where, fact)}") from None
             state.append(s)
         return tuple(state)
+
+    def _does_not_pass(self, sample: tuple[int, ...], where: str, fact: str) -> str:
+        """What is expected, what came and what to do about samples of a shape that the block `where` refuses."""
+        return (
+            f"expected samples of {self.input_shape}, or of sides that pass all blocks, got {sample}, which do not "
+            f"pass {where} ({fact}). Resize them, or create the model with input_shape={sample}."
+        )
 
     def time_consumers(self) -> list[str]:
         """Names of the blocks that need all time steps at once (convolution or pooling over time)."""

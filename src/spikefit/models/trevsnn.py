@@ -211,6 +211,11 @@ class TRevSNN(SpikingNetwork):
         return cast(CoupledSteps, self.blocks[1])
 
     @property
+    def reads_out_every_step(self) -> bool:
+        """Whether `step` returns logits behind every step."""
+        return all(self.body.head_of.get(t) == "final" for t in range(1, self.body.timesteps + 1))
+
+    @property
     def auxiliary_heads(self) -> int:
         """Number of heads on the way."""
         return len(self.body.heads) - 1

@@ -2,7 +2,8 @@
 
 from spikefit.planning.doctor import Diagnosis, Finding, doctor
 from spikefit.planning.energy import Operations, energy_report
-from spikefit.planning.memory import PredictedBytes, SavedBytes, predicted_bytes, saved_bytes, watch_saved
+from spikefit.planning.held import SavedBytes, watch_saved
+from spikefit.planning.memory import PredictedBytes, predicted_bytes, saved_bytes
 from spikefit.planning.plan import plan
 from spikefit.planning.profile import Profile, memory_against_timesteps, profile
 from spikefit.planning.report import MemoryReport, report

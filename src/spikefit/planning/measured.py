@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from spikefit.errors import SpikefitError
-from spikefit.planning.target import LossFunction, Step, Target, mean_cross_entropy, training_step
+from spikefit.losses.model_loss import LossFunction
+from spikefit.planning.target import Step, Target, mean_cross_entropy, training_step
+from spikefit.rules.table import WHOLE, Driver
 
 # Every block above 64 KiB is its own mapping and goes back to the system at once, so resident memory follows the step.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -39,17 +41,24 @@ def measured_peak_bytes_of(
     *,
     backend: str = "auto",
     autocast: bool = False,
+    driver: Driver = WHOLE,
 ) -> int:
     """As `measured_peak_bytes`, for a model in memory: it is handed over in a temporary file of our own.
 
     Raises:
         SpikefitError: also if the model cannot be pickled; profile a factory, "package.module:function", instead.
     """
-    return _run(Step(model, x, y, loss, backend, autocast), (*model.modules(), loss))
+    return _run(Step(model, x, y, loss, backend, autocast, driver=driver), (*model.modules(), loss))
 
 
 def cuda_peak_bytes(
-    model: nn.Module, x: Tensor, y: Tensor, loss: LossFunction = mean_cross_entropy, *, autocast: bool = False
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    loss: LossFunction = mean_cross_entropy,
+    *,
+    autocast: bool = False,
+    driver: Driver = WHOLE,
 ) -> int:
     """Peak of the CUDA allocator in one training step above the level before it; compilation is left out."""
     for _ in range(2):
@@ -57,7 +66,7 @@ def cuda_peak_bytes(
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        training_step(model, x, y, loss, autocast=autocast)
+        training_step(model, x, y, loss, autocast=autocast, driver=driver)
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
     model.zero_grad(set_to_none=True)
@@ -91,7 +100,9 @@ def _run(content: Any, parts: Iterable[Any]) -> int:
 
 
 def _worker(job: dict[str, Any]) -> int:
-    environment = {**os.environ, **MALLOC, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    # a heap that is tuned otherwise would keep what the step gives back
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    environment = {**kept, **MALLOC, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, "-m", "spikefit.planning.worker"]
     done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, env=environment)
     if done.returncode != 0:

@@ -17,14 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from spikefit.errors import SpikefitError
-from spikefit.layers import BatchNorm, Readout, SpikingUnit
+from spikefit.layers import SpikingUnit
 from spikefit.layers.packed import PackedSpikes
-from spikefit.layers.rebuild import REBUILDS
 from spikefit.layers.stage_function import Watcher, watched
-from spikefit.neurons import LeakyReadout, SpikingNeuron, Threshold
+from spikefit.losses.model_loss import LossFunction
 from spikefit.ops.fire.reference import SCRATCH
 from spikefit.ops.node.op import generic_scratch_bytes
-from spikefit.planning.target import LossFunction, loss_of, mean_cross_entropy, with_targets
+from spikefit.planning.held import SavedBytes, Watch, watching
+from spikefit.planning.target import mean_cross_entropy, training_step, with_targets
+from spikefit.rules.table import WHOLE, Driver
 
 # What live tensors do not show: buffers inside oneDNN, rounding to pages, small blocks of the heap. Chosen so that the
 # measured peak of the networks in tests/planning lies below the prediction.
@@ -41,136 +42,6 @@ PROMISED_FROM = 1 << 25
 
 # Kept bytes by what keeps them; "segment" is the input of a checkpointed run of units.
 CATEGORIES = ("packed spikes", "membranes", "weight input", "norm input", "neuron input", "pool", "segment", "other")
-
-
-@dataclass
-class SavedBytes:
-    """Bytes held between forward and backward, each storage once, parameters left out.
-
-    Attributes:
-        layers: layer name -> category -> bytes, in the order of first use.
-    """
-
-    layers: dict[str, dict[str, int]] = field(default_factory=dict)
-
-    @property
-    def total(self) -> int:
-        """All bytes held."""
-        return sum(sum(row.values()) for row in self.layers.values())
-
-    def categories(self) -> dict[str, int]:
-        """Bytes by category, over all layers."""
-        total: dict[str, int] = defaultdict(int)
-        for row in self.layers.values():
-            for category, count in row.items():
-                total[category] += count
-        return dict(total)
-
-
-class _Watch:
-    """Knows which layer is running, from forward hooks, and notes what autograd saves in it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.saved = SavedBytes()
-        self.stack: list[tuple[str, nn.Module]] = []
-        self.fired: set[str] = set()
-        self.seen: set[int] = set()
-        self.inputs: set[int] = set()
-        self.keep: list[Any] = []
-        self.given: list[Tensor] = []
-        self.parameters = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
-        self.handles = []
-        for name, module in model.named_modules():
-            self.handles.append(module.register_forward_pre_hook(self._enter(name)))
-            self.handles.append(module.register_forward_hook(self._leave, always_call=True))
-
-    def _enter(self, name: str):
-        def enter(module, inputs):
-            if not self.stack:
-                # held by the caller, so that no later storage takes its place
-                self.given = [t for t in inputs if isinstance(t, Tensor)]
-            self.stack.append((name, module))
-            self.inputs.update(t.untyped_storage()._cdata for t in inputs if isinstance(t, Tensor))
-
-        return enter
-
-    def _leave(self, module, inputs, output):
-        name, _ = self.stack.pop()
-        if isinstance(module, SpikingNeuron):
-            self.fired.add(name.rpartition(".")[0])
-
-    def pack(self, t: Tensor) -> Tensor:
-        key = t.untyped_storage()._cdata
-        if key not in self.seen and key not in self.parameters:
-            self.seen.add(key)
-            self.keep.append(t)
-            layer, category = self._place(t)
-            row = self.saved.layers.setdefault(layer, {})
-            row[category] = row.get(category, 0) + t.untyped_storage().nbytes()
-        return t
-
-    def _category(self, name: str, unit: SpikingUnit, t: Tensor) -> str:
-        """What a unit saves itself, beside its norm and neuron."""
-        if t.dtype == torch.uint8:
-            return "packed spikes"
-        if unit.keep == "input" and t.untyped_storage()._cdata not in self.inputs:
-            return "norm input"
-        return "pool" if name in self.fired else "weight input"
-
-    def _place(self, t: Tensor) -> tuple[str, str]:
-        """(layer, category) of what is saved now."""
-        for name, module in reversed(self.stack):
-            if isinstance(module, BatchNorm):
-                return _parent(name, self.stack), "norm input"
-            if isinstance(module, SpikingNeuron | LeakyReadout | Threshold):
-                return _parent(name, self.stack), "neuron input"
-            if isinstance(module, SpikingUnit):
-                return name, self._category(name, module, t)
-            if isinstance(module, Readout | nn.Linear | nn.Conv1d | nn.Conv2d):
-                return name, "weight input"
-            if len(self.stack) > 1:
-                return name, "other"
-            break
-        return "(network)", self._category_of_chain(t) if self.stack else "other"
-
-    def _category_of_chain(self, t: Tensor) -> str:
-        """What a strategy saves that runs several blocks as one."""
-        if t.dtype == torch.uint8:
-            return "packed spikes"
-        strategy = getattr(self.stack[0][1], "strategy", None)
-        given = {x.untyped_storage()._cdata for x in self.given}
-        if strategy is None or strategy.name not in REBUILDS or t.untyped_storage()._cdata in given:
-            return "segment"
-        # sequences that are only a place in the graph share one value
-        return "other" if t.untyped_storage().nbytes() == t.element_size() else "membranes"
-
-    def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-
-def _parent(name: str, stack: list[tuple[str, nn.Module]]) -> str:
-    """The unit that owns a norm or neuron; the part itself if it stands alone."""
-    owner = name.rpartition(".")[0]
-    return owner if any(n == owner and isinstance(m, SpikingUnit | Readout) for n, m in stack) else name
-
-
-@contextlib.contextmanager
-def watch_saved(model: nn.Module) -> Iterator[SavedBytes]:
-    """Count what autograd saves while the forward of `model` runs inside the block.
-
-    Example:
-        with watch_saved(model) as saved:
-            loss = criterion(model(x), y)
-        print(saved.total, saved.layers)
-    """
-    watch = _Watch(model)
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(watch.pack, lambda t: t):
-            yield watch.saved
-    finally:
-        watch.close()
-        watch.keep.clear()
 
 
 @dataclass
@@ -325,13 +196,17 @@ class PredictedBytes:
         return int((1 + MARGIN) * live) + CONSTANT
 
 
-def reliability(x: Tensor, predicted: PredictedBytes, *, autocast: bool, device: str | None = None) -> str:
+def reliability(
+    x: Tensor, predicted: PredictedBytes, *, autocast: bool, device: str | None = None, driver: Driver = WHOLE
+) -> str:
     """What the predicted peak of a step is worth: a promise, or an estimate with the reason why it is no more."""
     peak = predicted.peak
     reasons = {
         "an LSTM reserves memory of which it writes about half, so the step takes less": predicted.reserves,
         "half precision: float32 copies inside kernels are not counted": autocast or x.element_size() < 4,
         f"below {PROMISED_FROM >> 20} MiB the heap of the process counts too": peak < PROMISED_FROM,
+        "under a rule, gradients of several steps are added in place, and the prediction has both": driver.rule
+        is not None,
         "on CUDA, workspaces of cuDNN are not known": (device or x.device.type) != "cpu",
     }
     found = [reason for reason, holds in reasons.items() if holds]
@@ -346,6 +221,7 @@ def predicted_bytes(
     loss: LossFunction = mean_cross_entropy,
     autocast: bool = False,
     device: str | None = None,
+    driver: Driver = WHOLE,
 ) -> PredictedBytes:
     """Peak and saved bytes of one training step of `model` on `x` and `y`, without allocating them.
 
@@ -358,6 +234,7 @@ def predicted_bytes(
         loss: (logits, targets) -> scalar; one of `spikefit.losses` that reads auxiliary heads gets their logits too.
         autocast: run under bfloat16 autocast.
         device: "cpu" or "cuda", where the step will run, which need not be here; that of `x` if None.
+        driver: what runs the step; the choices of a rule that takes some steps at random are made once.
 
     Returns:
         PredictedBytes; the peak counts activations, gradients and working memory, but not weights, buffers and input,
@@ -370,19 +247,21 @@ def predicted_bytes(
     from torch._subclasses.fake_tensor import FakeTensorMode  # here, because torch then loads its compiler
 
     mode = FakeTensorMode(allow_non_fake_inputs=False)
+    # fake tensors have no random values, and those of the caller stay as they are
+    driver = driver.drawn(x.shape[0], torch.Generator().manual_seed(0))
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     try:
         fake = {key: _fake(mode, t) for key, t in state.items()}
         fake_x, fake_y = _fake(mode, x), _fake(mode, y)
-        with _swapped(model, fake), mode, _LiveBytes(device or x.device.type) as live, watched(_Stages(model, live)):
-            with (
-                watch_saved(model) as saved,
-                _staged(model, live),
-                torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast),
-            ):
-                value = loss_of(model, loss, fake_x, fake_y)[0]
-            value.backward()
-            del value
+        with (
+            _swapped(model, fake),
+            mode,
+            _LiveBytes(device or x.device.type) as live,
+            watched(_Stages(model, live)),
+            watching(model, None if driver.rule is None else fake_x) as watch,
+            _staged(model, live, watch),
+        ):
+            training_step(model, fake_x, fake_y, loss, autocast=autocast, driver=driver, backward=watch.backward)
     except RuntimeError as error:
         if isinstance(error, SpikefitError):
             raise
@@ -391,7 +270,7 @@ def predicted_bytes(
             f"({str(error).splitlines()[0]}); remove .item() and the like, or measure a real step."
         ) from error
     peak = PredictedBytes.with_margin(live.top)
-    return PredictedBytes(peak, saved, live.peaks, live.alive_at_peak(), live.reserves)
+    return PredictedBytes(peak, watch.saved, live.peaks, live.alive_at_peak(), live.reserves)
 
 
 class _Stages(Watcher):
@@ -405,17 +284,18 @@ class _Stages(Watcher):
 
 
 @contextlib.contextmanager
-def _staged(model: nn.Module, live: _LiveBytes) -> Iterator[None]:
+def _staged(model: nn.Module, live: _LiveBytes, watch: Watch) -> Iterator[None]:
     """Tell `live` which unit runs, forward from hooks of the module, backward from hooks of its spikes, or the loss."""
 
     def before(name: str):
-        return lambda module, inputs: live.enter(f"forward {name}")
+        # what backward runs again belongs to backward
+        return lambda module, inputs: None if watch.in_backward else live.enter(f"forward {name}")
 
     def after(name: str):
         def hook(module, inputs, output):
             spikes = output[0]
             spikes = spikes.carrier if isinstance(spikes, PackedSpikes) else spikes
-            if isinstance(spikes, Tensor) and spikes.requires_grad:
+            if isinstance(spikes, Tensor) and spikes.requires_grad and not watch.in_backward:
                 spikes.register_hook(lambda g: live.enter(f"backward {name}"))
 
         return hook
@@ -426,7 +306,7 @@ def _staged(model: nn.Module, live: _LiveBytes) -> Iterator[None]:
             handles.append(module.register_forward_pre_hook(before(name)))
             handles.append(module.register_forward_hook(after(name)))
     # what follows the forward of the whole is the loss
-    handles.append(model.register_forward_hook(lambda module, inputs, output: live.enter("loss")))
+    handles.append(model.register_forward_hook(lambda *given: None if watch.in_backward else live.enter("loss")))
     try:
         yield
     finally:
@@ -467,7 +347,12 @@ def _swapped(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
 
 
 def saved_bytes(
-    model: nn.Module, x: Tensor, y: Tensor | None = None, *, loss: LossFunction = mean_cross_entropy
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    loss: LossFunction = mean_cross_entropy,
+    driver: Driver = WHOLE,
 ) -> SavedBytes:
     """Bytes that autograd holds between forward and backward of `model` on `x`, by layer and category.
 
@@ -476,9 +361,10 @@ def saved_bytes(
         x: input [T, B, ...]; only shape, strides and dtype matter.
         y: targets [B]; zeros if None.
         loss: (logits, targets) -> scalar; one of `spikefit.losses` that reads auxiliary heads gets their logits too.
+        driver: what runs the step; under a rule the most that is held at any time counts.
 
     Returns:
         SavedBytes.
     """
     x, y = with_targets(x if y is None else (x, y))
-    return predicted_bytes(model, x, y, loss=loss).saved
+    return predicted_bytes(model, x, y, loss=loss, driver=driver).saved

@@ -19,9 +19,10 @@ from spikefit.engines.plan import Plan, UnitPlan, planned_units
 from spikefit.errors import BudgetError, OptionError, PlanError
 from spikefit.layers.packed import PackedSpikes
 from spikefit.layers.unit import LaterCurrent
+from spikefit.losses.model_loss import LossFunction
 from spikefit.models.network import restored_strategy, use_strategy
 from spikefit.planning.memory import PredictedBytes, predicted_bytes
-from spikefit.planning.target import LossFunction, check_model, in_training, mean_cross_entropy, with_targets
+from spikefit.planning.target import check_model, in_training, mean_cross_entropy, with_targets
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

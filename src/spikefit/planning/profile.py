@@ -3,32 +3,27 @@
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from spikefit.errors import OptionError
-from spikefit.models import SpikingNetwork, use_strategy
+from spikefit.losses.model_loss import LossFunction
+from spikefit.models import SpikingNetwork
 from spikefit.neurons import SpikingNeuron, Threshold, TwoGroupNode
 from spikefit.neurons.window import WindowLIF
 from spikefit.ops.dispatch import installed, resolve, use_backend
 from spikefit.ops.dtype import compute_dtype
 from spikefit.planning.counting import RECURRENT_HALVES, counted_run, counted_shapes
 from spikefit.planning.energy import Operations, energy_report
+from spikefit.planning.held import SavedBytes
 from spikefit.planning.measured import cuda_peak_bytes, measured_peak_bytes, measured_peak_bytes_of
 from spikefit.planning.membranes import membrane_bytes
-from spikefit.planning.memory import SavedBytes, predicted_bytes, reliability
-from spikefit.planning.target import (
-    LossFunction,
-    Step,
-    Target,
-    in_training,
-    mean_cross_entropy,
-    training_step,
-    with_targets,
-)
+from spikefit.planning.memory import predicted_bytes, reliability
+from spikefit.planning.target import Step, Target, in_training, mean_cross_entropy, training_step, with_targets
+from spikefit.rules.table import WHOLE, Driver, parse_driver
 
 
 @dataclass
@@ -127,7 +122,7 @@ def profile(
             (`spikefit.training.build_step`).
         sample: input [T, B, ...], or (input, targets); needed for a module, made at random for a name.
         predict_only: run on shapes alone; nothing is allocated, and there are no times, rates or energies.
-        strategy: set before profiling; None leaves the model as it is.
+        strategy: a strategy, set before profiling, or a rule ("sltt"); None leaves the model as it is.
         backend: of all operations.
         loss: (logits, targets) -> scalar; one of `spikefit.losses` that reads auxiliary heads gets their logits too.
         autocast: run under bfloat16 autocast.
@@ -169,16 +164,18 @@ def profile(
             )
         step = Step(cast(nn.Module, model), *with_targets(sample), loss, backend, autocast)
     if strategy is not None and target is None:
-        use_strategy(step.model, strategy)
+        step = replace(step, driver=parse_driver(strategy))
+        step.driver.apply(step.model)
     devices = [step.x.device] if step.x.is_cuda else []
     with use_backend(step.backend), torch.random.fork_rng(devices=devices):
         return _profile(step, target, predict_only, repeats)
 
 
 def _profile(step: Step, target: Target | None, predict_only: bool, repeats: int) -> Profile:
-    module, x, y, loss, autocast = step.model, step.x, step.y, step.loss, step.autocast
+    module, x, y, loss = step.model, step.x, step.y, step.loss
+    autocast, driver = step.autocast, step.driver
     with in_training(module):
-        predicted = predicted_bytes(module, x, y, loss=loss, autocast=autocast, device=step.device)
+        predicted = predicted_bytes(module, x, y, loss=loss, autocast=autocast, device=step.device, driver=driver)
         counted, currents = counted_shapes(module, x, autocast)
         dtype = compute_dtype(next((p.dtype for p in module.parameters()), torch.float32))
         membranes = membrane_bytes(module, currents, dtype) if isinstance(module, SpikingNetwork) else None
@@ -186,13 +183,15 @@ def _profile(step: Step, target: Target | None, predict_only: bool, repeats: int
         seconds = peak = None
         if not predict_only:
             counted, rates = counted_run(module, x, autocast)
-            seconds = _step_seconds(module, x, y, loss, autocast, repeats)
+            seconds = _step_seconds(step, repeats)
             if x.is_cuda:
-                peak = cuda_peak_bytes(module, x, y, loss, autocast=autocast)
+                peak = cuda_peak_bytes(module, x, y, loss, autocast=autocast, driver=driver)
             elif target is not None:
                 peak = measured_peak_bytes(target, loss)
             else:
-                peak = measured_peak_bytes_of(module, x, y, loss, backend=step.backend, autocast=autocast)
+                peak = measured_peak_bytes_of(
+                    module, x, y, loss, backend=step.backend, autocast=autocast, driver=driver
+                )
     return Profile(
         predicted_peak_bytes=predicted.peak,
         measured_peak_bytes=peak,
@@ -205,10 +204,11 @@ def _profile(step: Step, target: Target | None, predict_only: bool, repeats: int
         lif_backward_peak_bytes={} if membranes is None else membranes.peak,
         categories=_categories(module, x, predicted.saved),
         settings={
-            **_settings(module, x, autocast),
+            **_settings(step),
+            "notes": [str(note) for note in driver.notes(module, loss, timesteps=x.shape[0])],
             "inverse_anchor_every": [] if membranes is None else membranes.anchor_every,
             "integer_assumes_grid": membranes is not None and membranes.assumes_grid,
-            "prediction": reliability(x, predicted, autocast=autocast, device=step.device),
+            "prediction": reliability(x, predicted, autocast=autocast, device=step.device, driver=driver),
         },
     )
 
@@ -221,6 +221,7 @@ def memory_against_timesteps(
     timesteps: Sequence[int] = (4, 8, 16, 32),
     loss: LossFunction = mean_cross_entropy,
     autocast: bool = False,
+    driver: Driver = WHOLE,
 ) -> list[dict[str, int]]:
     """Predicted bytes of a training step for other numbers of time steps.
 
@@ -228,9 +229,10 @@ def memory_against_timesteps(
         model: any module; a network of fixed length returns its own T only.
         x: input [T, B, ...]; its first step stands for all.
         y: targets [B].
-        timesteps: the values of T.
+        timesteps: the values of T; those that are too short for the driver are left out.
         loss: (logits, targets) -> scalar; one of `spikefit.losses` that reads auxiliary heads gets their logits too.
         autocast: under bfloat16 autocast.
+        driver: what runs a step.
 
     Returns:
         One {timesteps, saved_bytes, predicted_peak_bytes} per T.
@@ -239,25 +241,26 @@ def memory_against_timesteps(
     fixed = [m.timesteps for m in model.modules() if isinstance(m, SpikingNetwork) and m.timesteps is not None]
     repeated = x.stride(0) == 0 or x.shape[0] == 1
     rows = []
-    for T in fixed[:1] or timesteps:
+    for T in fixed[:1] or [T for T in timesteps if driver.shortest <= T]:
         sequence = x[:1].expand(T, *x.shape[1:])
         sequence = sequence if repeated else sequence.contiguous()
-        predicted = predicted_bytes(model, sequence, y, loss=loss, autocast=autocast)
+        predicted = predicted_bytes(model, sequence, y, loss=loss, autocast=autocast, driver=driver)
         rows.append({"timesteps": T, "saved_bytes": predicted.saved.total, "predicted_peak_bytes": predicted.peak})
     return rows
 
 
-def _step_seconds(module: nn.Module, x: Tensor, y: Tensor, loss: LossFunction, autocast: bool, repeats: int) -> float:
+def _step_seconds(step: Step, repeats: int) -> float:
     """Median time of a training step after one that warms up; gradients and buffers are put back."""
     if repeats < 1:
         raise OptionError(f"profile: repeats must be at least 1, got {repeats}.")
+    module, x = step.model, step.x
     gradients = {name: p.grad for name, p in module.named_parameters()}
     buffers = {name: b.clone() for name, b in module.named_buffers()}
     seconds = []
     for i in range(repeats + 1):
         module.zero_grad(set_to_none=True)
         start = time.perf_counter()
-        training_step(module, x, y, loss, autocast=autocast)
+        training_step(module, x, step.y, step.loss, autocast=step.autocast, driver=step.driver)
         if x.is_cuda:
             torch.cuda.synchronize()
         if i > 0:
@@ -326,7 +329,8 @@ def _categories(module: nn.Module, x: Tensor, saved: SavedBytes) -> dict[str, in
     }
 
 
-def _settings(module: nn.Module, x: Tensor, autocast: bool) -> dict[str, Any]:
+def _settings(step: Step) -> dict[str, Any]:
+    module, x = step.model, step.x
     neurons = [m for m in module.modules() if isinstance(m, SpikingNeuron)]
     resets = {"none" if not n.reset else "soft" if n.v_reset is None else f"hard to {n.v_reset:g}" for n in neurons}
     resets |= {"none" for m in module.modules() if isinstance(m, Threshold)}
@@ -334,6 +338,8 @@ def _settings(module: nn.Module, x: Tensor, autocast: bool) -> dict[str, Any]:
     chained = [m for m in module.modules() if isinstance(m, WindowLIF) and m.fuse != "none"]
     resets |= {"hard to 0" if m.reset == "hard" else m.reset for m in chained}
     networks = [m for m in module.modules() if isinstance(m, SpikingNetwork)]
+    exact = all(n.strategy.exact_on(n.chain) for n in networks)
+    inside = ", ".join(sorted({str(n.strategy) for n in networks})) or "bptt"
     leaks = {n.coefficients()[0] for n in neurons} | {m.leak for m in chained}
     learned = any(isinstance(leak, Tensor) for leak in leaks)
     return {
@@ -341,13 +347,17 @@ def _settings(module: nn.Module, x: Tensor, autocast: bool) -> dict[str, Any]:
         "batch": x.shape[1],
         "sample_shape": list(x.shape[2:]),
         "repeated_input": x.shape[0] > 1 and x.stride(0) == 0,
-        "dtype": "bfloat16 autocast" if autocast else str(x.dtype).removeprefix("torch."),
+        "dtype": "bfloat16 autocast" if step.autocast else str(x.dtype).removeprefix("torch."),
         "reset": ", ".join(sorted(resets)),
         "detach_reset": sorted({n.detach_reset for n in neurons}),
         "leak": [*sorted(leak for leak in leaks if isinstance(leak, float)), *(["learned"] if learned else [])],
         "share": ", ".join(sorted({n.share for n in networks})) or "none",
         "groups": sorted({n.groups for n in neurons}),
-        "strategy": ", ".join(sorted({str(n.strategy) for n in networks})) or "bptt",
+        "strategy": inside if step.driver.rule is None else str(step.driver),
+        "gradient": "exact" if step.driver.rule is None and exact else "approximate",
+        "rule": None if step.driver.rule is None else repr(step.driver.rule),
+        # the strategy of each step of a rule
+        "inside": None if step.driver.rule is None else inside,
         "backend": resolve("auto"),
         "device": str(x.device),
         "threads": torch.get_num_threads(),

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from spikefit.engines import Plan
 from spikefit.errors import OptionError
+from spikefit.losses.model_loss import LossFunction
 from spikefit.models.network import plain_bptt, restored_strategy
 from spikefit.planning.memory import PredictedBytes, predicted_bytes
 from spikefit.planning.plan import largest_size, show_bytes, static_bytes
-from spikefit.planning.target import LossFunction, check_model, in_training, mean_cross_entropy, with_targets
+from spikefit.planning.target import check_model, in_training, mean_cross_entropy, with_targets
 
 LONGEST = 16
 # Rows of what is alive at the peak.

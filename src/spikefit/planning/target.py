@@ -13,13 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spikefit.engines import parse_strategy
 from spikefit.errors import OptionError
-from spikefit.models import MODELS, SpikingNetwork, create_model, use_strategy
+from spikefit.losses.model_loss import LossFunction
+from spikefit.models import MODELS, create_model
 from spikefit.models.table import model_options
-
-# (logits [T, B, K], targets [B]) -> scalar; one that declares `reads_auxiliary` also gets auxiliary logits [n, B, K]
-LossFunction = Callable[..., Tensor]
+from spikefit.rules.table import WHOLE, Driver, parse_driver
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,8 @@ class Target:
     Attributes:
         model: a name of the zoo, or "package.module:factory" of your own, importable from the working directory.
         options: keyword options of the model.
-        strategy, backend: how it runs; None for the strategy with which the model is made.
+        strategy: a strategy or a rule; None for the strategy with which the model is made.
+        backend: of all operations.
         timesteps, batch: T and B; None for the only T that the model works in, or 8.
         input_shape: shape of one sample; None takes that of the model.
         encoding: "repeat" shows one sample at every step (static images), "sequence" makes a dense one; None takes
@@ -63,6 +62,11 @@ class Target:
             return self.timesteps
         return (self.model in MODELS and MODELS[self.model].timesteps) or 8
 
+    @property
+    def driver(self) -> Driver:
+        """How a batch is trained."""
+        return parse_driver(self.strategy)
+
     def build(self) -> nn.Module:
         """Make the model, in training mode, with strategy and dtype set."""
         options = dict(self.options)
@@ -77,9 +81,7 @@ class Target:
                 if self.model in MODELS and "timesteps" in model_options(self.model):
                     options.setdefault("timesteps", self.steps)
                 model = create_model(self.model, **options)
-        if self.strategy is not None:
-            set_strategy(model, self.strategy)
-        return in_dtype(model, torch.float64 if self.dtype == "float64" else torch.float32)
+        return in_dtype(self.driver.apply(model), torch.float64 if self.dtype == "float64" else torch.float32)
 
     def sample(self, model: nn.Module) -> tuple[Tensor, Tensor]:
         """Random input [T, B, ...] and targets [B] of the right shapes."""
@@ -95,7 +97,7 @@ class Target:
         with no_memory(shapes_only):
             model = self.build()
             x, y = self.sample(model)
-        return Step(model, x, y, loss or mean_cross_entropy, self.backend, self.dtype == "bfloat16")
+        return Step(model, x, y, loss or mean_cross_entropy, self.backend, self.dtype == "bfloat16", driver=self.driver)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON can hold them."""
@@ -138,6 +140,7 @@ class Step:
     backend: str = "auto"
     autocast: bool = False
     device: str | None = None  # where the step is to run, if not where its tensors are
+    driver: Driver = WHOLE  # what runs it; its strategy is set on the model already
 
     @property
     def sample(self) -> tuple[Tensor, Tensor]:
@@ -265,14 +268,6 @@ def make_own(text: str, options: Mapping[str, Any], *, optional: Collection[str]
     return model
 
 
-def set_strategy(model: nn.Module, strategy: Any) -> nn.Module:
-    """As `use_strategy`, but any torch module runs under plain bptt, which is what it does anyway."""
-    plain = parse_strategy(strategy).name == "bptt"
-    if plain and not any(isinstance(m, SpikingNetwork) for m in model.modules()):
-        return model
-    return use_strategy(model, strategy)
-
-
 def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """`model.to(dtype)`, also for tensors without memory, which `to` cannot exchange."""
     made: dict[int, Tensor] = {}
@@ -303,45 +298,25 @@ def mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().mean(0), targets)
 
 
-def auxiliary_heads(model: nn.Module) -> int:
-    """How many auxiliary heads `model` has, or the model inside a data-parallel wrapper; 0 if it does not say."""
-    inner = model if hasattr(model, "auxiliary_heads") else getattr(model, "module", model)
-    heads = getattr(inner, "auxiliary_heads", 0)
-    return heads if isinstance(heads, int) else 0
-
-
-def loss_of(model: nn.Module, loss: LossFunction, x: Tensor, y: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One forward and its loss, called with what it reads.
-
-    Args:
-        model: [T, B, ...] -> logits [T, B, K]; with auxiliary heads, `model(x, auxiliary=True)` gives the pair
-            (logits, auxiliary logits [n, B, K]).
-        loss: (logits, targets) -> scalar; with `reads_auxiliary`, (logits, targets, auxiliary logits) -> scalar.
-        x, y: input [T, B, ...] and targets.
-
-    Returns:
-        (value, outputs); outputs are (logits,), or (logits, auxiliary logits) for a loss that reads them.
-
-    Raises:
-        OptionError: the loss reads auxiliary logits and the model has no auxiliary heads.
-    """
-    if not getattr(loss, "reads_auxiliary", False):
-        logits = model(x)
-        return loss(logits, y), (logits,)
-    if not auxiliary_heads(model):
-        raise OptionError(
-            f"{type(loss).__name__}: expected a model with auxiliary heads, got {type(model).__name__} with none; use "
-            "CrossEntropyMean, in a recipe loss=ce_mean."
-        )
-    logits, auxiliary = model(x, auxiliary=True)
-    return loss(logits, y, auxiliary), (logits, auxiliary)
+mean_cross_entropy.reads_mean = True  # type: ignore[attr-defined]
 
 
 def training_step(
-    model: nn.Module, x: Tensor, y: Tensor, loss: LossFunction = mean_cross_entropy, *, autocast: bool = False
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    loss: LossFunction = mean_cross_entropy,
+    *,
+    autocast: bool = False,
+    driver: Driver = WHOLE,
+    backward: Callable[[Tensor], Any] = torch.autograd.backward,
 ) -> Tensor:
-    """Forward, loss and backward; gradients stay in `.grad`. Returns the loss, detached."""
-    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
-        value = loss_of(model, loss, x, y)[0]
-    value.backward()
-    return value.detach()
+    """Forward, loss and backward as `driver` runs them; gradients stay in `.grad`. Returns the loss, detached.
+
+    A rule that moves weights behind every step is run without moving them.
+    """
+
+    def around() -> torch.autocast:
+        return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast)
+
+    return driver.run(model, x, y, loss, backward=backward, update=lambda: None, around=around)

@@ -19,18 +19,12 @@ from spikefit.errors import SpikefitError
 from spikefit.layers import SpikingUnit
 from spikefit.layers.packed import PackedSpikes
 from spikefit.layers.stage_function import Watcher, watched
+from spikefit.losses.model_loss import LossFunction, loss_of
 from spikefit.models.network import SpikingNetwork, plain_bptt
 from spikefit.neurons import Threshold
 from spikefit.neurons.window import WindowLIF
 from spikefit.ops.dispatch import use_backend
-from spikefit.planning.target import (
-    LossFunction,
-    check_model,
-    in_training,
-    loss_of,
-    mean_cross_entropy,
-    with_targets,
-)
+from spikefit.planning.target import check_model, in_training, mean_cross_entropy, with_targets
 
 # Scale of the loss of the second run; not a power of two, so that every product is rounded anew.
 RESCALED = 0.7

@@ -34,7 +34,7 @@ def main() -> None:
     model, x, y = step.model, step.x, step.y
 
     def train(x: Tensor, y: Tensor) -> None:
-        training_step(model, x, y, step.loss, autocast=step.autocast)
+        training_step(model, x, y, step.loss, autocast=step.autocast, driver=step.driver)
 
     model.train()
     with use_backend(step.backend):

@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from spikefit.engines import parse_strategy
+import torch
+
 from spikefit.errors import OptionError, StrategyError
 from spikefit.ops.dispatch import use_backend
 from spikefit.reporting.measure import (
@@ -22,7 +23,8 @@ from spikefit.reporting.measure import (
     settings_of,
 )
 from spikefit.reporting.report import write_report
-from spikefit.training import ProgressEvent, Recipe, load_recipe, train
+from spikefit.rules import parse_driver
+from spikefit.training import ProgressEvent, Recipe, build_driver, load_recipe, train
 from spikefit.training.files import check_folder, write_json
 
 Row = dict[str, Any]
@@ -75,7 +77,9 @@ def compare(
     base = load_recipe(recipe)
     names = _names(strategies)
     check_measurable("compare", base)
-    recipes = {name: base.override({"strategy": name}) for name in names}
+    # options of the recipe's own strategy belong to that alone
+    plain = base.override({"strategy": "bptt"})
+    recipes = {name: plain.override({"strategy": name}) for name in names}
     tell: OnProgress = on_progress or (lambda what, event: None)
     with contextlib.ExitStack() as stack:
         stack.enter_context(use_backend(base.backend))
@@ -123,7 +127,7 @@ def _names(strategies: Sequence[str]) -> list[str]:
     """The strategies as they are written, checked."""
     if isinstance(strategies, str):
         strategies = strategies.split(",")
-    names = [str(parse_strategy(strategy)) for strategy in strategies]
+    names = [str(parse_driver(strategy)) for strategy in strategies]
     if not names or len(set(names)) < len(names):
         raise OptionError(f"compare: expected at least one strategy and each once, got {', '.join(names) or 'none'}.")
     return names
@@ -133,21 +137,25 @@ def _measured_steps(batch: FirstBatch, recipes: dict[str, Recipe]) -> dict[str, 
     """Rows with gradient errors and step times, from the initial weights, without an update."""
     plain = next(iter(recipes.values())).override({"strategy": "bptt"})
     reference = batch.gradients(batch.model(plain))
-    models: dict[str, Any] = {}
+    steps: dict[str, Callable[[], Any]] = {}
     errors: dict[str, float] = {}
     refused: dict[str, str] = {}
     for name, recipe in recipes.items():
         try:
-            model = batch.model(recipe)
-            errors[name], models[name] = gradient_error(batch.gradients(model), reference), model
+            model, driver = batch.model(recipe), build_driver(recipe)
+            found = batch.gradients(model, driver)
+            if driver.rule is not None:
+                # steps that a rule leaves out may be the only ones that a parameter has
+                found = {**{n: torch.zeros_like(r) for n, r in reference.items()}, **found}
+            errors[name] = gradient_error(found, reference)
+            steps[name] = partial(batch.step, model, driver)
         except StrategyError as error:
             refused[name] = str(error)
-    steps: dict[str, Callable[[], Any]] = {name: partial(batch.step, model) for name, model in models.items()}
     seconds = interleaved_seconds(steps) if steps else {}
     return {
         name: {
             "strategy": name,
-            "exact": parse_strategy(name).exact,
+            "exact": parse_driver(name).exact,
             "accuracy": None,
             "loss": None,
             "peak_bytes": None,

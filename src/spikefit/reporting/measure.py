@@ -3,8 +3,9 @@
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,13 @@ from spikefit.data import batches
 from spikefit.errors import OptionError, TrainingError
 from spikefit.ops.dispatch import use_backend
 from spikefit.planning import memory_against_timesteps, profile
-from spikefit.planning.target import loss_of
+from spikefit.planning.target import Step
+from spikefit.rules.table import WHOLE, Driver
 from spikefit.training import (
     Recipe,
     build_augmentation,
     build_data,
+    build_driver,
     build_encoding,
     build_loss,
     build_model,
@@ -77,17 +80,30 @@ class FirstBatch:
             fill_model(model, tensors.get("ema", tensors["model"]), checkpoint)
         return self.fabric.to_device(self.fabric.strategy.precision.convert_module(model)).train()
 
-    def step(self, model: nn.Module) -> None:
-        """Forward, loss and backward; the gradients are left in the parameters."""
+    def step(self, model: nn.Module, driver: Driver = WHOLE) -> None:
+        """Forward, loss and backward as `driver` runs them; the gradients are left in the parameters."""
         model.zero_grad(set_to_none=True)
         devices = [self.x.device] if self.x.is_cuda else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.dropout_seed)
-            self.fabric.backward(loss_of(model, build_loss(self.recipe, model), self.x, self.y)[0])
+            loss = build_loss(self.recipe, model)
+            if driver.rule is None:
+                driver.run(model, self.x, self.y, loss, backward=self.fabric.backward)
+                return
+            x = self.fabric.strategy.precision.convert_input(self.x)
+            driver.run(
+                cast(Any, model).module,
+                x,
+                self.y,
+                loss,
+                backward=self.fabric.backward,
+                update=lambda: None,
+                around=self.fabric.autocast,
+            )
 
-    def gradients(self, model: Any) -> dict[str, Tensor]:
+    def gradients(self, model: Any, driver: Driver = WHOLE) -> dict[str, Tensor]:
         """Gradients by parameter name after one step."""
-        self.step(model)
+        self.step(model, driver)
         return {name: p.grad.clone() for name, p in model.module.named_parameters() if p.grad is not None}
 
 
@@ -210,10 +226,21 @@ def profile_of(recipe: Recipe, batch: FirstBatch, model: nn.Module) -> dict[str,
     """
     # one class per sample, as T varies: what a label of every step adds to memory is nothing beside the network
     y = (batch.y if batch.y.ndim == 1 else batch.y[-1]).clamp_min(0)
-    step: dict[str, Any] = {"loss": build_loss(recipe, model), "autocast": STEP_PRECISIONS[recipe.train.precision][1]}
-    found = profile(model, (batch.x, y), backend=recipe.backend, repeats=1, **step).to_dict()
+    driver = build_driver(recipe)
+    step = Step(
+        model, batch.x, y, build_loss(recipe, model), recipe.backend, STEP_PRECISIONS[recipe.train.precision][1]
+    )
+    found = profile(replace(step, driver=driver), repeats=1).to_dict()
     own = int(batch.x.shape[0])
     with use_backend(recipe.backend):
-        against = memory_against_timesteps(model, batch.x, y, timesteps=sorted({4, 8, 16, 32, own}), **step)
+        against = memory_against_timesteps(
+            model,
+            batch.x,
+            y,
+            timesteps=sorted({4, 8, 16, 32, own}),
+            loss=step.loss,
+            autocast=step.autocast,
+            driver=driver,
+        )
     kept = {key: found[key] for key in ("saved_bytes", "predicted_peak_bytes", "layers", "categories", "energy")}
     return {**kept, "peak_bytes": found["measured_peak_bytes"], "memory_against_T": against}

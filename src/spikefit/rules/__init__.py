@@ -2,13 +2,20 @@
 
 from spikefit.rules.driver import Outcome, drive
 from spikefit.rules.rate import RateRule, drive_rate, rate
-from spikefit.rules.sampler import AllSteps, EveryK, RandomK, Sampler, TopActivity
+from spikefit.rules.resolve import Note, resolve
+from spikefit.rules.sampler import AllSteps, EveryK, GivenSteps, RandomK, Sampler, TopActivity
+from spikefit.rules.table import RULES, Driver, parse_driver
 from spikefit.rules.trace import TBPTT, StepRule, TraceRule, ndot, ottt, sltt, tbptt
+from spikefit.rules.verdicts import verdict_rows
 
 __all__ = [
+    "RULES",
     "TBPTT",
     "AllSteps",
+    "Driver",
     "EveryK",
+    "GivenSteps",
+    "Note",
     "Outcome",
     "RandomK",
     "RateRule",
@@ -20,7 +27,10 @@ __all__ = [
     "drive_rate",
     "ndot",
     "ottt",
+    "parse_driver",
     "rate",
+    "resolve",
     "sltt",
     "tbptt",
+    "verdict_rows",
 ]

@@ -1,18 +1,25 @@
 """The loop over time outside the network, with backward inside the loop."""
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from spikefit.errors import OptionError, ShapeError, StrategyError
 from spikefit.layers.chain import State
 from spikefit.losses.losses import Loss, labels_per_step
-from spikefit.rules.sequence import Sequence, Traces
-from spikefit.rules.trace import StepRule
+from spikefit.ops.dtype import compute_dtype
+from spikefit.rules.activity import spikes_per_step
+from spikefit.rules.resolve import resolve, warn_once
+from spikefit.rules.sampler import GivenSteps, TopActivity
+from spikefit.rules.sequence import Sequence
+from spikefit.rules.step import Traces
+from spikefit.rules.trace import StepRule, TraceRule
 
 
 class Outcome(NamedTuple):
@@ -66,19 +73,26 @@ def drive(
         Outcome of detached tensors.
 
     Raises:
-        StrategyError: the model needs all steps at once or has no logits at some, the loss does not split, a state
-            cannot be cut, or the rule has traces that something in the model does not allow; it is named.
+        StrategyError: model or loss do not go with the rule, see `resolve`; all that clashes is named. Also a state
+            that cannot be cut, or a part that the first step shows to be used past the traces.
         OptionError: `update` is missing, or given for one update per sequence; a rule that does not go step by step.
-        ShapeError: x or targets of another shape; in training, a norm over the whole sequence.
+        ShapeError: x or targets of another shape.
+
+    Warns:
+        RuleWarning: each note of `resolve`, once per model.
 
     Example:
         outcome = drive(model, encoding.repeat(images, 6), labels, create_loss("tet"), sltt())
         optimizer.step()
     """
-    _check(model, x, targets, loss, rule, update)
+    _check(x, targets, rule, update)
+    notes = resolve(model, loss, rule, timesteps=x.shape[0], world_size=world_size())
+    warn_once(model, notes, f"rule {rule.name}")
+    rule = _with_steps(model, rule, x, around)
     steps, count = rule.draw(x.shape[0], generator)
     labels = labels_per_step(targets) if targets.ndim == 2 else None
     sequence = Sequence(model, rule, x)
+    sequence.begin(x, around)
     state, traces = cast(Any, model).init_state(x.shape[1], tuple(x.shape[2:])), Traces()
     total: Tensor | None = None
     logits_sum: Tensor | None = None
@@ -94,8 +108,12 @@ def drive(
                 value = value * rule.grad_scale
                 window = value if window is None else window + value
                 del value
-        logits_sum = logits.detach().clone() if logits_sum is None else logits_sum + logits.detach()
-        del logits
+        if not chosen:
+            # casts of a step without a graph would go to the next one, where autocast is entered around the loop
+            torch.clear_autocast_cache()
+        wide = logits.detach().to(compute_dtype(logits.dtype), copy=True)
+        logits_sum = wide if logits_sum is None else logits_sum + wide
+        del logits, wide
         if (t + 1) % rule.window == 0 or t + 1 == x.shape[0]:
             if window is not None:
                 backward(window)
@@ -107,6 +125,16 @@ def drive(
     assert total is not None, "a sampler chooses at least one step"
     assert logits_sum is not None
     return Outcome(total, logits_sum, steps)
+
+
+def _with_steps(
+    model: nn.Module, rule: StepRule, x: Tensor, around: Callable[[], AbstractContextManager[Any]]
+) -> StepRule:
+    """`rule`, with the most active steps given where it ranks them."""
+    if not (isinstance(rule, TraceRule) and isinstance(rule.sampler, TopActivity)):
+        return rule
+    steps = rule.sampler.most_active(spikes_per_step(model, rule, x, around))
+    return dataclasses.replace(rule, sampler=GivenSteps(steps))
 
 
 def _check_logits(model: nn.Module, rule: StepRule, logits: Any, t: int) -> None:
@@ -138,35 +166,14 @@ def detached(state: State, who: str) -> State:
     return tree_map(cut, state)
 
 
-def _check(
-    model: nn.Module, x: Tensor, targets: Tensor, loss: Loss, rule: StepRule, update: Callable[[], Any] | None
-) -> None:
+def _check(x: Tensor, targets: Tensor, rule: StepRule, update: Callable[[], Any] | None) -> None:
     if not isinstance(rule, StepRule):
         raise OptionError(
             f"drive: expected a rule that calls backward step by step (sltt, ottt, ndot, tbptt), got {rule!r}; rate() "
             "goes with drive_rate."
         )
     who = f"rule {rule.name}"
-    if not (hasattr(model, "step") and hasattr(model, "init_state")):
-        raise StrategyError(
-            f"{who}: expected a model with init_state and step, which runs step by step, got {type(model).__name__}; "
-            "build it as spikefit.SpikingNetwork([...]) or with spikefit.create_model(...)."
-        )
-    consumers = [
-        path or type(model).__name__ for path, m in model.named_modules() if getattr(m, "consumes_time", False)
-    ]
-    if consumers:
-        raise StrategyError(
-            f"{who}: {consumers[0]} needs all time steps at once, and the rule frees each before the next; use an "
-            "exact strategy such as checkpoint or lean."
-        )
-    if not getattr(loss, "splits_per_step", False):
-        raise StrategyError(
-            f"{who}: expected a loss that is a mean over steps, got {getattr(loss, '__name__', type(loss).__name__)}, "
-            "which needs the logits of all steps at once; use ce_steps or tet."
-        )
-    if x.ndim < 3 or x.shape[0] == 0:
-        raise ShapeError(f"{who}: expected x as [T, B, ...] with T of at least 1, got {tuple(x.shape)}.")
+    check_sequence(who, x)
     if tuple(targets.shape) not in ((x.shape[1],), (x.shape[0], x.shape[1])):
         raise ShapeError(
             f"{who}: expected targets {(x.shape[1],)}, or {(x.shape[0], x.shape[1])} for labels of every step, got "
@@ -175,3 +182,14 @@ def _check(
     if (update is None) == (rule.update_every == "step"):
         wanted = "update=..., a function that steps the optimiser" if update is None else "no update"
         raise OptionError(f"{who}: update_every={rule.update_every!r} goes with {wanted}; change one of the two.")
+
+
+def check_sequence(who: str, x: Tensor) -> None:
+    """Raise ShapeError unless `x` is a sequence [T, B, ...]."""
+    if x.ndim < 3 or x.shape[0] == 0:
+        raise ShapeError(f"{who}: expected x as [T, B, ...] with T of at least 1, got {tuple(x.shape)}.")
+
+
+def world_size() -> int:
+    """Processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

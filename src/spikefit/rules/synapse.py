@@ -120,6 +120,33 @@ class _TracedLeak(torch.autograd.Function):
         return g, d_leak, d_gain, None, None
 
 
+def traced_state(v: Tensor, leak: Tensor, f: Tensor) -> Tensor:
+    """`v` itself, the membrane that a step starts from, with the gradient of a leak that earlier steps have used.
+
+        dleak = sum g f
+
+    Args:
+        v: [B, ...], without a gradient of its own.
+        leak: 0-d; the neuron itself gives it the gradient of this step.
+        f: how v depends on the leak, [B, ...].
+    """
+    return _TracedState.apply(v, leak, f)
+
+
+class _TracedState(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v, leak, f):
+        ctx.save_for_backward(f)
+        ctx.dtype = leak.dtype
+        return v.view_as(v)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        (f,) = ctx.saved_tensors
+        return None, (g.to(f.dtype) * f).sum().to(ctx.dtype), None
+
+
 def weighted(z: Tensor, c: Factor) -> Tensor:
     """`z` itself; its gradient comes back times `c`."""
     return _Weighted.apply(z, c)

@@ -1,18 +1,19 @@
 """Which neuron each synapse of a network feeds, and which one it reads from."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from spikefit.errors import StrategyError
 from spikefit.layers import BatchNorm, Chain, Dropout, Flatten, GlobalAveragePool, Pool2d, Readout, SpikingUnit, Twice
 from spikefit.layers.unit import pool_spikes
 from spikefit.models import SpikingNetwork
 from spikefit.neurons import LeakyReadout, SpikingNeuron
+from spikefit.rules.verdicts import Found
 
+SYNAPSES = (nn.Conv1d, nn.Conv2d, nn.Linear)
 # What a synapse feeds: neurons, a leaky read-out, or nothing that keeps anything.
 Fed = SpikingNeuron | LeakyReadout | None
 
@@ -23,12 +24,12 @@ class Source(NamedTuple):
     Attributes:
         neuron: whose spikes; None for data.
         maps: linear maps between the spikes and the synapse, [1, B, ...] -> [1, B, ...].
-        unknown: why no neuron can be told; "" if it can.
+        unknown: the block behind which no neuron can be told; None if it can.
     """
 
     neuron: SpikingNeuron | None = None
     maps: tuple[Callable[[Tensor], Tensor], ...] = ()
-    unknown: str = ""
+    unknown: nn.Module | None = None
 
     def through(self, map_: Callable[[Tensor], Tensor]) -> "Source":
         """The same behind a further map."""
@@ -76,13 +77,13 @@ class Wiring:
                 source = self._follow(block.blocks, source)
             elif isinstance(block, Readout):
                 self.sources[block.linear] = source
-                source = Source(unknown=f"{self.names[block]} (Readout)")
+                source = Source(unknown=block)
             elif layers:
                 source = self._follow_layers(layers, source)
             elif is_linear(block):
                 source = source.through(partial(_output, block))
             else:
-                source = Source(unknown=f"{self.names[block]} ({type(block).__name__})")
+                source = Source(unknown=block)
         return source
 
     def _follow_layers(self, layers: list[Any], source: Source) -> Source:
@@ -95,7 +96,7 @@ class Wiring:
             if layer.unit.pool == "avg":
                 out = out.through(partial(pool_spikes, pool="avg"))
             elif layer.unit.pool is not None:
-                out = Source(unknown=f"the {layer.unit.pool} pool of {self.names[layer.unit]}")
+                out = Source(unknown=layer.unit)
             values.append(out)
         return values[-1]
 
@@ -112,7 +113,7 @@ class Wiring:
         if isinstance(part, BatchNorm):
             synapse = next(m.synapse for m in self.names if isinstance(m, SpikingUnit) and m.norm is part)
         source = self.sources.get(synapse)
-        return source is not None and source.neuron is None and not source.unknown
+        return source is not None and source.neuron is None and source.unknown is None
 
 
 def is_linear(layer: nn.Module) -> bool:
@@ -126,73 +127,45 @@ def _output(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x)[0]
 
 
-def check_traced(who: str, model: nn.Module, wiring: Wiring, *, ratio: bool, skip_data: bool) -> None:
-    """Raise StrategyError unless traces reach all that is trained in `model`.
+def traced_clashes(model: nn.Module, wiring: Wiring, *, ratio: bool, skip_data: bool) -> Iterator[Found]:
+    """What is trained in `model` and reached by no trace.
 
     Args:
-        who: the rule, for messages.
         model: what is trained.
         wiring: that of the model.
         ratio: whether mu is the ratio of membranes of the neuron that a synapse reads from.
         skip_data: whether synapses that read data stay without traces.
     """
-    for network in (m for m in model.modules() if isinstance(m, SpikingNetwork)):
-        if network.share != "none":
-            raise StrategyError(
-                f"{who}: expected a membrane of its own for every layer, got share={network.share!r}, where no single "
-                "leak leads from one step to the next; use sltt, or share='none'."
-            )
-        if not network.strategy.by_unit:
-            raise StrategyError(
-                f"{who}: expected strategy='bptt', got {str(network.strategy)!r}, whose backward runs synapses again "
-                "from their inputs, past the traces; call use_strategy(model, 'bptt'), or use sltt."
-            )
-    for module, path in wiring.names.items():
-        if isinstance(module, SpikingNeuron):
-            _check_neuron(f"{who}: {path}", module, ratio)
-    _check_known(who, model, wiring)
+    yield from _untraced(model, wiring)
     if skip_data and not any(map(wiring.reads_data, wiring.fed)):
-        raise StrategyError(
-            f"{who}: trace_first=False leaves the synapse that reads the data without a trace, and none was found in "
-            f"{type(model).__name__}; put it into a unit of a SpikingNetwork, or use trace_first=True."
-        )
-    for synapse in wiring.fed if ratio else ():
-        source = wiring.sources.get(synapse)
-        told = "a block that the rule cannot follow" if source is None else source.unknown
-        if not isinstance(synapse, BatchNorm) and told:
-            raise StrategyError(
-                f"{who}: {wiring.names[synapse]} reads from {told}, behind which no neuron can be told for each input; "
-                "use pool='avg' and blocks in a plain chain, or ottt."
-            )
+        yield Found("no_first_synapse", type(model).__name__)
+    # of other models no source is known, which is said of the model
+    if ratio and isinstance(model, SpikingNetwork):
+        yield from _without_source(wiring)
 
 
-def _check_neuron(who: str, neuron: SpikingNeuron, ratio: bool) -> None:
-    if type(neuron).forward is not SpikingNeuron.forward or neuron.groups > 1:
-        what = f"groups={neuron.groups}" if neuron.groups > 1 else "a forward of its own"
-        raise StrategyError(
-            f"{who}: expected a neuron whose membrane keeps one leak per step, got {type(neuron).__name__} with "
-            f"{what}; use sltt, or another neuron."
-        )
-    if ratio and (neuron.v_reset is not None or neuron.frac_bits is not None):
-        what = "a hard reset" if neuron.v_reset is not None else f"frac_bits={neuron.frac_bits}"
-        raise StrategyError(
-            f"{who}: the ratio of two membranes needs a soft reset and no grid, got {what}; use ottt or sltt, or "
-            "v_reset=None without frac_bits."
-        )
-
-
-def _check_known(who: str, model: nn.Module, wiring: Wiring) -> None:
-    """Raise StrategyError if something that is trained belongs to no part that can be traced."""
-    parts: list[nn.Module] = [m for m in wiring.fed if isinstance(m, BatchNorm | nn.Conv1d | nn.Conv2d | nn.Linear)]
+def _untraced(model: nn.Module, wiring: Wiring) -> Iterator[Found]:
+    """Parameters that are trained and belong to no part that can be traced."""
+    parts: list[nn.Module] = [m for m in wiring.fed if isinstance(m, (BatchNorm, *SYNAPSES))]
     parts += [m.neuron for m in wiring.names if isinstance(m, SpikingUnit) and m.neuron is not None]
     known = {id(p) for part in parts for p in part.parameters()}
     for path, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in known:
-            raise StrategyError(
-                f"{who}: {path} is trained and belongs to no synapse that feeds known neurons, to no norm behind one "
-                "and to no neuron, so it would get a gradient without its trace; build the block from units with "
-                "neurons, freeze the parameter, or use sltt."
-            )
+            yield Found("untraced", path, cause=path)
+
+
+def _without_source(wiring: Wiring) -> Iterator[Found]:
+    """Synapses of which no one knows whose spikes they read."""
+    for synapse in wiring.fed:
+        source = wiring.sources.get(synapse)
+        if not isinstance(synapse, SYNAPSES) or (source is not None and source.unknown is None):
+            continue
+        path, behind = wiring.names[synapse], None if source is None else source.unknown
+        if behind is None:
+            yield Found("foreign_block", path, (("told", "a block that the rule cannot follow"),), cause=path)
+        else:
+            told = f"{wiring.names[behind]} ({type(behind).__name__})"
+            yield Found("foreign_block", path, (("told", told),), cause=wiring.names[behind])
 
 
 def sign_ratio(v: Tensor, before: Tensor, leak: float | Tensor) -> Tensor:

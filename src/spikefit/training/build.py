@@ -15,17 +15,11 @@ from spikefit.encoding import Encoding, create_encoding
 from spikefit.errors import DataError, OptionError, RecipeError, TrainingError
 from spikefit.losses import CrossEntropyHeads, create_loss
 from spikefit.losses.losses import UNLABELLED, Loss
+from spikefit.losses.model_loss import auxiliary_heads
 from spikefit.models import MODELS, create_model
 from spikefit.models.table import model_options
-from spikefit.planning.target import (
-    Step,
-    auxiliary_heads,
-    in_dtype,
-    make_own,
-    no_memory,
-    random_sample,
-    set_strategy,
-)
+from spikefit.planning.target import Step, in_dtype, make_own, no_memory, random_sample
+from spikefit.rules.table import Driver, parse_driver
 from spikefit.training.options import fixed_parts, near
 from spikefit.training.recipe import Recipe, load_recipe
 
@@ -151,6 +145,11 @@ def build_loss(recipe: Recipe, model: nn.Module | None = None) -> Loss:
     return create_loss(recipe.loss.name or usual, **recipe.loss.options())
 
 
+def build_driver(recipe: Recipe) -> Driver:
+    """How the batches of a recipe are trained: under a strategy, or by a rule."""
+    return parse_driver(None if recipe.strategy.name is None else recipe.strategy.model_dump())
+
+
 def build_model(recipe: Recipe, dataset: Dataset | None = None, *, learns: bool = True) -> nn.Module:
     """Make the model of a recipe with its neuron, norm, strategy and initial weights.
 
@@ -179,7 +178,7 @@ def build_model(recipe: Recipe, dataset: Dataset | None = None, *, learns: bool 
         else:
             model = make_own(recipe.model.name, options, optional=DERIVED)
     _check_heads(recipe, model, learns)
-    return model if recipe.strategy.name is None else set_strategy(model, recipe.strategy.model_dump())
+    return build_driver(recipe).apply(model)
 
 
 def _check_heads(recipe: Recipe, model: nn.Module, learns: bool) -> None:
@@ -245,7 +244,7 @@ def build_step(source: str | Path | Mapping[str, Any] | Recipe, *, shapes_only: 
             )
         repeated = len(shape) == 3 and recipe.encoding.name == "repeat"
         x, y = random_sample(tuple(shape), timesteps, recipe.data.batch_size, repeated=repeated, dtype=dtype)
-    return Step(model, x, y, build_loss(recipe, model), recipe.backend, autocast, device)
+    return Step(model, x, y, build_loss(recipe, model), recipe.backend, autocast, device, build_driver(recipe))
 
 
 def written_out(recipe: Recipe, dataset: Dataset) -> Recipe:

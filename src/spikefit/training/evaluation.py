@@ -14,11 +14,11 @@ from spikefit.data import Dataset, batches
 from spikefit.encoding import Encoding
 from spikefit.errors import CheckpointError, DataError
 from spikefit.losses.losses import UNLABELLED, Loss
+from spikefit.losses.model_loss import loss_of
 from spikefit.models.network import plain_bptt
 from spikefit.neurons.lif import SpikingNeuron
 from spikefit.ops.dispatch import use_backend
 from spikefit.planning.counting import watched_firing
-from spikefit.planning.target import loss_of
 from spikefit.training.build import build_encoding, build_loss, build_model, derive_seed, load_split, make_fabric
 from spikefit.training.checkpoint import Checkpoint, fill_model, load_checkpoint
 from spikefit.training.recipe import Recipe, load_recipe

@@ -16,6 +16,8 @@ from spikefit.losses import LOSSES
 from spikefit.models import MODELS
 from spikefit.neurons import NEURONS
 from spikefit.neurons.table import neuron_options
+from spikefit.rules import RULES
+from spikefit.rules.table import COMMON
 from spikefit.training.options import annotations, fixed_parts, preset_for, takes_none, unknown_key
 from spikefit.training.recipe import NeuronSection, Recipe, data_options
 
@@ -58,6 +60,11 @@ def apply_changes(recipe: Recipe, changes: Mapping[str, Any]) -> dict[str, Any]:
         section, field = locate(key, values)
         _once(given, (section, field), key)
         read = _read(value, _annotation(section, field, values))
+        if section == "strategy":
+            # an option that is set takes the place of the one behind the name
+            name = str(values["strategy"].get("name", "")).partition(":")[0]
+            if name in RULES and RULES[name].option == field:
+                values["strategy"] = {**values["strategy"], "name": name}
         if section:
             values[section] = {**values[section], field: read}
         else:
@@ -94,7 +101,7 @@ def locate(key: str, values: Mapping[str, Any]) -> tuple[str, str]:
 def known_keys(values: Mapping[str, Any]) -> dict[str, str]:
     """Flat key -> its section, for a recipe with these values; where two know a key, the declared one counts."""
     found: dict[str, str] = {}
-    for section in ("loss", "encoding", "data", "model"):
+    for section in ("strategy", "loss", "encoding", "data", "model"):
         found |= dict.fromkeys(_options_of(section, values[section].get("name")), section)
     for section in Recipe.SECTIONS:
         found |= {field: section for field in _fields(section) if field != "name"}
@@ -116,7 +123,20 @@ def _rename(values: dict[str, Any], section: str, name: str) -> None:
         # defaults differ between neurons, and the recipe holds those of the last one written out
         usual = NeuronSection(name=kept.get("name", "lif")).model_dump()
         kept = {k: v for k, v in kept.items() if v != usual[k]}
+    if section == "strategy":
+        taken &= _kept_of_rule(name, kept.get("name"))
     values[section] = {"name": name, **{k: v for k, v in kept.items() if k in taken}}
+
+
+def _kept_of_rule(name: str, before: str | None) -> set[str]:
+    """Options that a rule keeps under its next name: those of every rule; of the same rule all but what is named."""
+    rule, _, option = name.partition(":")
+    if rule not in RULES:
+        return set()
+    if rule != str(before).partition(":")[0]:
+        return {*COMMON, "inside"}
+    chosen = {RULES[rule].option, "sampler", "p"} if option else set()
+    return {*RULES[rule].options, "inside"} - chosen
 
 
 def _options_of(section: str, name: str | None) -> dict[str, Any]:
@@ -125,6 +145,9 @@ def _options_of(section: str, name: str | None) -> dict[str, Any]:
         return dict.fromkeys(neuron_options(NEURONS[name]), Any)
     if section == "data":
         return data_options(name) if name in DATASETS else {}
+    if section == "strategy":
+        rule = RULES.get((name or "").partition(":")[0])
+        return {} if rule is None else {**rule.options, "inside": str}
     tables: dict[str, Mapping[str, Callable[..., Any]]] = {
         "model": {k: kind.make for k, kind in MODELS.items()},
         "encoding": ENCODINGS,

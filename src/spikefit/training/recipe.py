@@ -11,7 +11,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from spikefit.data import DATASETS, load_dataset
 from spikefit.encoding import ENCODINGS, create_encoding
 from spikefit.encoding.table import ALIASES
-from spikefit.engines import parse_strategy
 from spikefit.errors import OptionError, RecipeError
 from spikefit.layers import NORMS
 from spikefit.layers.window_block import NORMS as WINDOW_NORMS
@@ -19,6 +18,7 @@ from spikefit.losses import LOSSES, create_loss
 from spikefit.models import MODELS
 from spikefit.neurons import NEURONS, create_neuron
 from spikefit.neurons.table import neuron_options
+from spikefit.rules import parse_driver
 from spikefit.training.options import (
     annotations,
     check_options,
@@ -174,7 +174,8 @@ class NormSection(Section):
 
 
 class StrategySection(OpenSection):
-    """How gradients are obtained, `{ name = "checkpoint", every = 2 }` or `"checkpoint:2"`.
+    """How gradients are obtained, `{ name = "checkpoint", every = 2 }` or `"checkpoint:2"`; or the rule that drives
+    each step, `{ name = "sltt", inside = "lean" }`, inside being the strategy of one step.
 
     Without a name as the model is made: "replay" where it shares membranes, else "bptt".
     """
@@ -184,7 +185,7 @@ class StrategySection(OpenSection):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.name is not None:
-            parse_strategy(self.model_dump())
+            parse_driver(self.model_dump())
         elif self.model_extra:
             raise OptionError(f"strategy: {', '.join(self.model_extra)} belong to a strategy; add its name.")
         return self

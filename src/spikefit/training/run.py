@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -18,12 +18,13 @@ from torch import Tensor
 
 from spikefit.data import batches
 from spikefit.data.batches import count_batches
-from spikefit.errors import CheckpointError, TrainingError
+from spikefit.errors import CheckpointError, OptionError, TrainingError
 from spikefit.losses.losses import UNLABELLED
-from spikefit.planning.target import loss_of
+from spikefit.rules import RULES
 from spikefit.training.build import (
     Data,
     build_augmentation,
+    build_driver,
     build_encoding,
     build_loss,
     build_model,
@@ -76,7 +77,15 @@ class Run:
         self.encoding = build_encoding(recipe)
         self.model = build_model(self.recipe, data.train)
         self.loss = build_loss(recipe, self.model)
+        self.driver = build_driver(recipe)
+        if self.driver.each_step and recipe.train.accumulate > 1:
+            raise OptionError(
+                "strategy: update_every='step' moves the weights behind every step of a batch, got "
+                f"train.accumulate={recipe.train.accumulate}; use accumulate=1, or update_every='sequence'."
+            )
         self.optimizer = build_optimizer(recipe, self.model)
+        # what clashes is told before the first batch
+        self.notes = self.driver.notes(self.model, self.loss)
         self.sizes = self._batch_sizes()
         self.wrapped, self.wrapped_optimizer = fabric.setup(self.model, self.optimizer)
         self.average = AveragedWeights(self.model, recipe.train.ema) if recipe.train.ema > 0 else None
@@ -106,12 +115,17 @@ class Run:
             step_seconds=statistics.median(self.step_seconds),
             parameters=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             classes=self.data.train.classes,
-            note=self.data.train.note,
+            note=" ".join(filter(None, (self.data.train.note, self._remark()))),
             checkpoint=None if newest is None else str(newest),
         )
         if self.out is not None and self.fabric.is_global_zero:
             write_record(self.out, record)
         return record
+
+    def _remark(self) -> str:
+        """What must be said of the gradients."""
+        rule = self.driver.rule
+        return "" if rule is None else f"Gradients are those of the rule {self.driver}, approximate."
 
     def restore(self) -> None:
         """Go to where the newest checkpoint was taken; stay at the start if there is none."""
@@ -188,27 +202,28 @@ class Run:
     def _make_update(self, group: list[tuple[int, Any, Tensor]], rate: float) -> float:
         """One step of the optimiser on the mean loss over all labels of the batches in `group`; returns that loss."""
         started, fabric = time.perf_counter(), self.fabric
+        for settings in self.optimizer.param_groups:
+            settings["lr"] = rate
         labels = sum(_labels(targets) for _, _, targets in group)
         # without any label the loss is 0, whatever it is divided by
         total = max(1, labels)
         summed = torch.zeros((), device=fabric.device)
         for i, (index, inputs, targets) in enumerate(group):
             x, y, weight = self._share(index, inputs, targets)
-            skip = fabric.world_size > 1 and i + 1 < len(group)
-            with fabric.no_backward_sync(self.wrapped, enabled=skip):
-                loss = loss_of(self.wrapped, self.loss, x, y)[0]
-                # processes average their gradients, hence the factor
-                fabric.backward(loss * (weight * fabric.world_size / total))
-            summed += loss.detach() * weight
+            # processes average their gradients, hence the number of them
+            factor, skip = weight * fabric.world_size / total, fabric.world_size > 1 and i + 1 < len(group)
+            if self.driver.rule is None:
+                with fabric.no_backward_sync(self.wrapped, enabled=skip):
+                    loss = self.driver.run(self.wrapped, x, y, self.loss, backward=self._backward(factor))
+            else:
+                loss = self._drive(x, y, factor, index)
+            summed += loss * weight
         if fabric.world_size > 1:
             summed = fabric.all_reduce(summed, reduce_op="sum")  # type: ignore[assignment]
         value = float(summed) / total
         self._check_finite(value, "loss", group[-1][0])
-        self._clip(group[-1][0])
-        for settings in self.optimizer.param_groups:
-            settings["lr"] = rate
-        self.wrapped_optimizer.step()
-        self.wrapped_optimizer.zero_grad()
+        if not self.driver.each_step:
+            self._move_weights(group[-1][0])
         if self.average is not None:
             self.average.update(self.model, self.update)
         if fabric.device.type == "cuda":
@@ -217,6 +232,44 @@ class Run:
         self.labels += labels
         self.step_seconds.append(time.perf_counter() - started)
         return value
+
+    def _backward(self, factor: float) -> Callable[[Tensor], None]:
+        return lambda loss: self.fabric.backward(loss * factor)
+
+    def _drive(self, x: Tensor, y: Tensor, factor: float, batch: int) -> Tensor:
+        """Run a batch by the rule, on the model itself: a data-parallel wrapper would sum gradients in every step."""
+        x = self.fabric.strategy.precision.convert_input(x)
+        # without the rank in it: processes that update behind every step have to choose the same ones
+        chance = torch.Generator().manual_seed(derive_seed(self.recipe.seed, "steps", self.epoch, batch))
+        return self.driver.run(
+            self.model,
+            x,
+            y,
+            self.loss,
+            backward=self._backward(factor),
+            update=lambda: self._move_weights(batch),
+            around=self.fabric.autocast,
+            generator=chance,
+        )
+
+    def _move_weights(self, batch: int) -> None:
+        if self.driver.rule is not None and self.fabric.world_size > 1:
+            self._average_gradients()
+        self._clip(batch)
+        self.wrapped_optimizer.step()
+        self.wrapped_optimizer.zero_grad()
+
+    def _average_gradients(self) -> None:
+        """Means of the gradients of all processes, in one message; what none of them reached keeps no gradient."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        reached = torch.tensor([float(p.grad is not None) for p in trained], device=self.fabric.device)
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+        mean = cast(
+            Tensor, self.fabric.all_reduce(torch.cat([reached, *(g.flatten() for g in found)]), reduce_op="mean")
+        )
+        counts, *means = mean.split([len(trained), *(p.numel() for p in trained)])
+        for p, count, g in zip(trained, counts.tolist(), means, strict=True):
+            p.grad = g.view_as(p).to(p.dtype) if count else None
 
     def _clip(self, batch: int) -> None:
         """Clip the gradient and check it: spikes hide a membrane that is NaN, the gradient of the weight shows it."""
@@ -303,7 +356,10 @@ class Run:
 
     def _check_same_run(self, before: dict[str, Any], path: Path) -> None:
         a, b = _flat(before), _flat(self.recipe.to_dict())
-        changed = [k for k in {**a, **b} if a.get(k) != b.get(k) and not {k[:1], k} & FREE_KEYS]
+        # rules give gradients of their own
+        ruled = any(str(c.get(("strategy", "name"))).partition(":")[0] in RULES for c in (a, b))
+        free = FREE_KEYS - ({("strategy",)} if ruled else set())
+        changed = [k for k in {**a, **b} if a.get(k) != b.get(k) and not {k[:1], k} & free]
         if changed:
             told = ", ".join(f"{'.'.join(k)} was {a.get(k)} and is {b.get(k)}" for k in changed[:3])
             raise CheckpointError(

@@ -11,6 +11,7 @@ from spikefit.ops.norm.op import (
     norm_gradient,
     scale_and_shift,
 )
+from spikefit.ops.norm.renorm import renorm, running_map
 
 __all__ = [
     "Moments",
@@ -21,5 +22,7 @@ __all__ = [
     "gradient_sums",
     "moments",
     "norm_gradient",
+    "renorm",
+    "running_map",
     "scale_and_shift",
 ]

@@ -112,16 +112,29 @@ class NormGradient(NamedTuple):
 
 
 def norm_gradient(
-    sum_g: Tensor, sum_gz: Tensor, weight: Tensor, mean: Tensor, var: Tensor, eps: float, count: int
+    sum_g: Tensor,
+    sum_gz: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    count: int,
+    running: tuple[Tensor, Tensor] | None = None,
 ) -> NormGradient:
     """The gradient of a norm from its two sums, [R, C] float64; `count` values stand behind each entry.
 
     dz = weight r (g - dbias / count - xh dweight / count),   r = 1 / sqrt(var + eps),   xh = (z - mean) r
+
+    With `running` = (m_r, w_r) it is that of `renorm`: the first factor r, and mean and r in dweight, are those of w_r.
     """
     inverse = torch.rsqrt(var + eps)
-    d_weight = (sum_gz - mean * sum_g) * inverse
-    a = weight.double() * inverse
-    b = -a * inverse * d_weight / count
+    d_normal = (sum_gz - mean * sum_g) * inverse
+    outer, d_weight = inverse, d_normal
+    if running is not None:
+        outer = torch.rsqrt(running[1].double() + eps).expand_as(inverse)
+        d_weight = (sum_gz - running[0].double() * sum_g) * outer
+    a = weight.double() * outer
+    b = -a * inverse * d_normal / count
     return NormGradient(a, b, -a * sum_g / count - b * mean, d_weight, sum_g)
 
 
@@ -221,22 +234,31 @@ def _(z, weight, bias, eps, per_step, backend):
 
 @torch.library.custom_op("spikefit::channel_norm_backward", mutates_args=())
 def _channel_norm_backward(
-    g: Tensor, z: Tensor, weight: Tensor, mean: Tensor, var: Tensor, eps: float, backend: str
+    g: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    eps: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dz, dweight, dbias)."""
+    """(dz, dweight, dbias); of `renorm` where running statistics are given."""
+    running = None if running_mean is None or running_var is None else (running_mean, running_var)
     kernels, rows, compute = _kernels(backend), _view(z), compute_dtype(z.dtype)
     g_rows = _in_order_of(g, z)
     sum_g, sum_gz = kernels.gradient_sums(g_rows, rows)
     if mean.shape[0] == 1:
         sum_g, sum_gz = sum_g.sum(0, keepdim=True), sum_gz.sum(0, keepdim=True)
-    d = norm_gradient(sum_g, sum_gz, weight, mean, var, eps, z.numel() // mean.numel())
+    d = norm_gradient(sum_g, sum_gz, weight, mean, var, eps, z.numel() // mean.numel(), running)
     out = torch.empty_like(rows)
     kernels.combine(g_rows, rows, d.a.to(compute), d.b.to(compute), d.c.to(compute), out)
     return _like(out, z), d.d_weight.sum(0).to(weight.dtype), d.d_bias.sum(0).to(weight.dtype)
 
 
 @_channel_norm_backward.register_fake
-def _(g, z, weight, mean, var, eps, backend):
+def _(g, z, weight, mean, var, running_mean, running_var, eps, backend):
     return _empty(z), torch.empty_like(weight), torch.empty_like(weight)
 
 
@@ -247,7 +269,7 @@ def _save_norm(ctx, inputs, output) -> None:
 
 
 def _norm_gradient(ctx, g, _mean, _var):
-    dz, d_weight, d_bias = _channel_norm_backward(g, *ctx.saved_tensors, ctx.eps, ctx.backend)
+    dz, d_weight, d_bias = _channel_norm_backward(g, *ctx.saved_tensors, None, None, ctx.eps, ctx.backend)
     return dz, d_weight, d_bias, None, None, None
 
 

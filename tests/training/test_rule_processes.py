@@ -1,0 +1,108 @@
+"""Two processes that train by a rule end with the weights of one, by one message of gradients per update."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from spikefit.training import load_checkpoint, train
+
+SCRIPT = """
+import json, sys, warnings
+import torch
+from pathlib import Path
+from spikefit.training import train
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    true, sizes = torch.distributed.all_reduce, []
+
+    def counted(tensor, *args, **kwargs):
+        sizes.append(tensor.numel())
+        return true(tensor, *args, **kwargs)
+
+    torch.distributed.all_reduce = counted
+    jobs, out = json.loads(sys.argv[1]), Path(sys.argv[2])
+    for name, recipe in jobs.items():
+        sizes.clear()
+        train(recipe, out=out / name)
+        if torch.distributed.get_rank() == 0:
+            (out / f"{name}.json").write_text(json.dumps(sizes))
+"""
+# how it is written, its loss, and how often weights move in 3 batches of 3 steps
+RULES = {
+    "sltt": ({"strategy": "sltt"}, "tet", 3),
+    "sltt_k": ({"strategy": "sltt_k:2"}, "tet", 3),
+    "ottt": ({"strategy": "ottt"}, "ce_steps", 3),
+    "lean": ({"strategy": "ottt", "strategy.inside": "lean:spikes"}, "tet", 3),
+    "tbptt": ({"strategy": "tbptt:2"}, "tet", 3),
+    "rate": ({"strategy": "rate"}, "ce_mean", 3),
+    "accumulated": ({"strategy": "ottt", "accumulate": "2"}, "tet", 2),
+    "each step": ({"strategy": "sltt", "strategy.update_every": "step"}, "tet", 9),
+    "some steps": (
+        {"strategy": "sltt_k", "strategy.sampler": "every", "strategy.update_every": "step", "seed": "3"},
+        "tet",
+        None,
+    ),
+}
+pytestmark = pytest.mark.filterwarnings("ignore::spikefit.errors.RuleWarning")
+
+
+def recipe_of(small, name):
+    # batches of 7, 7 and 1: four rows here and three there, then one row here and none there
+    changes, loss, _ = RULES[name]
+    base = {"limit": "15", "batch": "7", "epochs": "1", "encoding": "rate", "timesteps": "3", "norm": "ws"}
+    settings = {"lr": "0.5", "momentum": "0.5", "schedule": "constant", "precision": "64-true", "accelerator": "cpu"}
+    return small(**base, **settings, loss=loss).override(changes)
+
+
+def weights(out):
+    return load_checkpoint(out).tensors["model"]
+
+
+@pytest.fixture
+def both(small, tmp_path):
+    """Folder with the runs of two processes."""
+    script, folder = tmp_path / "script.py", tmp_path / "two"
+    script.write_text(SCRIPT)
+    folder.mkdir()
+    jobs = {name: recipe_of(small, name).override({"devices": "2"}).to_dict() for name in RULES}
+    command = [sys.executable, str(script), json.dumps(jobs), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_two_processes_end_with_the_weights_of_one(small, both, tmp_path):
+    for name, (_, _, updates) in RULES.items():
+        recipe = recipe_of(small, name)
+        record = train(recipe, out=tmp_path / "one" / name)
+        start = train(recipe.override({"lr": "1e-12"}), out=tmp_path / "start" / name)
+        one, two, before = (weights(folder / name) for folder in (tmp_path / "one", both, tmp_path / "start"))
+        moved = {key: float((t - before[key]).abs().max()) for key, t in one.items()}
+        assert max(moved.values()) > 1e-3, name
+        # the gain reaches its weight through the leaf of the standardised weight
+        assert moved["blocks.1.synapse.gain"] > 1e-4, name
+        # the loss is a float32
+        for key, tensor in one.items():
+            torch.testing.assert_close(
+                two[key], tensor, rtol=1e-6, atol=1e-6, msg=lambda m, n=name, k=key: f"{n}, {k}: {m}"
+            )
+        losses = [
+            json.loads((f / "record.json").read_text())["history"][0] for f in (tmp_path / "one" / name, both / name)
+        ]
+        assert losses[1]["train_loss"] == pytest.approx(losses[0]["train_loss"], rel=1e-5), name
+        assert start.parameters == record.parameters
+        sizes = json.loads((both / f"{name}.json").read_text())
+        # evaluation and losses send a few numbers
+        messages = [size for size in sizes if size > 10]
+        # gradients, and for each parameter whether it has one; these networks have no buffers
+        assert set(messages) == {record.parameters + len(one)}, name
+        # without chance in how many, one message per update and nothing else but losses
+        if updates is not None:
+            assert len(messages) == updates, name
+        assert 2 <= len(messages) <= 9
+        assert sizes.count(1) >= record.steps, name
