@@ -33,6 +33,7 @@ BENCHMARKS = {
     "trevsnn": False,
     "windows": False,
     "dmsn": False,
+    "gradient_rules": False,
 }
 
 

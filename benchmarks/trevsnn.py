@@ -35,8 +35,8 @@ from spikefit.errors import DataError, SpikefitError, StrategyError
 from spikefit.losses import create_loss
 from spikefit.models import use_strategy
 from spikefit.neurons import Threshold
+from spikefit.planning import predicted_bytes, saved_bytes, watch_saved
 from spikefit.planning.measured import measured_peak_bytes
-from spikefit.planning.memory import predicted_bytes, saved_bytes, watch_saved
 from spikefit.planning.target import Target
 
 GRID: dict[str, Any] = {"gain": "one", "state_grid": 14}
