@@ -61,6 +61,20 @@ def test_neuron_norm_and_strategy_reach_the_model(small):
     assert (model.strategy.name, model.strategy.option) == ("checkpoint", "2")
 
 
+def test_momentum_of_running_statistics(small):
+    def momenta(**changes):
+        return {m.momentum for m in build_model(small(**changes)).modules() if hasattr(m, "running_mean")}
+
+    assert momenta() == {0.1}
+    assert momenta(norm="step_bn", **{"norm.momentum": "0.01"}) == {0.01}
+    # the flat key is that of the optimiser
+    assert momenta(momentum="0.01") == {0.1}
+    with pytest.raises(OptionError, match=r"momentum=0\.01 is of running statistics, .* use norm=bn or step_bn"):
+        build_model(small(norm="ws", **{"norm.momentum": "0.01"}))
+    with pytest.raises(RecipeError, match=r"norm\.momentum: expected .*got 0"):
+        small(**{"norm.momentum": "0"})
+
+
 def test_encoding_and_loss_are_those_of_the_recipe(small):
     image = torch.rand(2, 1, 8, 8)
     encoding = build_encoding(small(timesteps="5"))

@@ -194,7 +194,7 @@ def test_a_model_of_fixed_form_gets_no_neuron_and_no_norm(fixed, small):
     [
         ({"neuron": {"name": "lif", "tau": 3.0}}, r"got neuron={'name': 'lif', 'tau': 3\.0}; leave the neuron section"),
         ({"neuron": "if"}, r"its neurons have one fixed form and take no options, got neuron={'name': 'if'}"),
-        ({"norm": "bn"}, r"its norms are part of it and cannot be chosen, got norm='bn'; leave the norm section out"),
+        ({"norm": "bn"}, r"its norms are part of it and cannot be chosen, got norm=\{'name': 'bn'\}; leave"),
         ({"preset": "efficientlif"}, r"preset 'efficientlif' sets neuron and norm, and this model takes no neuron and"),
     ],
 )

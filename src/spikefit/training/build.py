@@ -13,6 +13,7 @@ from spikefit.data import Dataset, horizontal_flip, load_dataset, random_crop
 from spikefit.data.batches import Augment
 from spikefit.encoding import Encoding, create_encoding
 from spikefit.errors import DataError, OptionError, RecipeError, TrainingError
+from spikefit.layers import BatchNorm
 from spikefit.losses import CrossEntropyHeads, create_loss
 from spikefit.losses.losses import UNLABELLED, Loss
 from spikefit.losses.model_loss import auxiliary_heads
@@ -178,7 +179,20 @@ def build_model(recipe: Recipe, dataset: Dataset | None = None, *, learns: bool 
         else:
             model = make_own(recipe.model.name, options, optional=DERIVED)
     _check_heads(recipe, model, learns)
+    if recipe.norm.momentum is not None:
+        _set_momentum(model, recipe.norm.momentum)
     return build_driver(recipe).apply(model)
+
+
+def _set_momentum(model: nn.Module, momentum: float) -> None:
+    norms = [m for m in model.modules() if isinstance(m, BatchNorm | nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        raise OptionError(
+            f"norm: momentum={momentum:g} is of running statistics, and {type(model).__name__} has a norm with none; "
+            "leave it out, or use norm=bn or step_bn."
+        )
+    for norm in norms:
+        norm.momentum = momentum
 
 
 def _check_heads(recipe: Recipe, model: nn.Module, learns: bool) -> None:

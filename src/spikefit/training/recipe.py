@@ -167,10 +167,12 @@ class NeuronSection(Section):
 class NormSection(Section):
     """The norm of every unit; without a name that of the model, "bn", or "step_bn" where layers share a membrane.
 
-    "rms" is one of blocks of windows, which refuse others.
+    "rms" is one of blocks of windows, which refuse others. momentum is the share of a call in the running statistics,
+    of a step under "step_bn", where running statistics reach back 1 / (T momentum) batches; 0.1 without it.
     """
 
     name: Literal[tuple(dict.fromkeys((*NORMS, *WINDOW_NORMS)))] | None = None  # type: ignore[valid-type]
+    momentum: Annotated[float, Field(gt=0, le=1)] | None = None
 
 
 class StrategySection(OpenSection):
@@ -321,10 +323,10 @@ class Recipe(BaseModel):
                 f"model {name}: its neurons have one fixed form and take no options, got neuron={given}; leave the "
                 "neuron section out."
             )
-        if "norm" in fixed and self.norm.name is not None:
+        if "norm" in fixed and self.norm != NormSection():
             raise OptionError(
-                f"model {name}: its norms are part of it and cannot be chosen, got norm={self.norm.name!r}; leave the "
-                "norm section out."
+                f"model {name}: its norms are part of it and cannot be chosen, got "
+                f"norm={self.norm.model_dump(exclude_none=True)}; leave the norm section out."
             )
         return self
 
