@@ -5,7 +5,7 @@
     python benchmarks/gradient_rules.py --tables [RECORD ...] [--studies FOLDER ...] [--page PAGE.md]
 
 memory  bytes held for backward, predicted peak and, up to --measure-to, measured peak of a step at T = 4 .. 256, with
-        slopes in T (`rules_memory.py`)
+        slopes in T; bytes held over streams in depth, against T and blocks (`rules_memory.py`)
 time    seconds of a step over those of bptt with the same loss, all rows in turns in one process: VGG6 of full width at
         T = 8, batch 16, and the networks of studies/gradient_rules_*.toml on their first batch
 cosine  cosine to the gradient of BPTT with the same loss and ratio of norms, layer by layer, on the first batch of each

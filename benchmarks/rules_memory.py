@@ -1,18 +1,20 @@
-"""Bytes of a training step against T, row by row, for `gradient_rules.py`."""
+"""Bytes of a training step against T and against depth, row by row, for `gradient_rules.py`."""
 
 import multiprocessing
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from statistics import linear_regression
 from typing import Any
 
 import torch
-from rules_rows import ROWS, VGG6, driver_of, zoo
+from rules_rows import ROWS, STEPS, VGG6, driver_of, zoo
+from torch.utils._pytree import tree_leaves
 
 from spikefit.errors import RuleWarning, SpikefitError
 from spikefit.losses import create_loss
-from spikefit.planning import predicted_bytes
+from spikefit.planning import predicted_bytes, saved_bytes
 from spikefit.planning.measured import measured_peak_bytes_of
 from spikefit.planning.memory import reliability
 from spikefit.reporting.units import MIB
@@ -20,6 +22,9 @@ from spikefit.reporting.units import MIB
 LENGTHS, BATCH = (4, 16, 64, 256), 4
 # no fresh process for a step that would take more
 LIMIT = 6 << 30
+# RevSResNet of one stage: (blocks, T), both ways from the middle one
+DEEP = ("bptt", "sltt", "sltt over reversible")
+SIZES = ((2, 16), (6, 16), (10, 16), (6, 4), (6, 64))
 BYTES = {"saved": "saved_bytes", "predicted peak": "predicted_peak_bytes", "peak": "measured_peak_bytes"}
 
 Row = dict[str, Any]
@@ -59,7 +64,32 @@ def memory(quick: bool, processes: int, measure_to: int) -> dict[str, Any]:
         if "saved" in by_row[row]
     }
     targets = {name: "0" for name in ratios if name.startswith("vgg6")}
-    return {"memory": rows, "slopes": slopes, "ratios": ratios, "targets": targets, "unmeasured": refused}
+    made = {"memory": rows, "slopes": slopes, "ratios": ratios, "targets": targets, "unmeasured": refused}
+    return made | {"depth": against_depth(quick)}
+
+
+def against_depth(quick: bool) -> list[Row]:
+    """Bytes held for backward by rows over streams in depth, and those of membranes, which a forward keeps anyway."""
+    options: dict[str, Any] = {"width": 0.125 if quick else 0.5, "input_shape": (3, 32, 32)}
+    rows: list[Row] = []
+    for row in DEEP:
+        for blocks, timesteps in SIZES:
+            network = zoo("revsresnet21", timesteps, BATCH, blocks=(blocks,), **options)
+            model, driver = network.make(), driver_of(row, timesteps)
+            state = model.init_state(BATCH, model.input_shape)
+            driver.apply(model)
+            held = saved_bytes(model, network.x, network.y, loss=create_loss(ROWS.get(row, STEPS)), driver=driver)
+            membranes = sum(v.numel() * v.element_size() for v in tree_leaves(state) if isinstance(v, torch.Tensor))
+            size = {"blocks": blocks, "timesteps": timesteps}
+            rows.append({"row": row, **size, "saved_bytes": held.total, "membrane_bytes": membranes})
+            print(f"  {row:<22} n = {blocks:<3} T = {timesteps:<4} held {held.total / MIB:,.2f} MiB", flush=True)
+    return rows
+
+
+def slope_of(points: Sequence[tuple[int, int]]) -> float:
+    """Slope of a least-squares line."""
+    sizes, values = zip(*points, strict=True)
+    return linear_regression(sizes, values).slope
 
 
 def _quietly_alone() -> None:
@@ -91,6 +121,5 @@ def _slopes(rows: list[Row]) -> dict[str, float]:
     for name, key in BYTES.items():
         points = [(r["timesteps"], r[key]) for r in rows if key in r]
         if len(points) > 1:
-            lengths, values = zip(*points, strict=True)
-            found[name] = linear_regression(lengths, values).slope
+            found[name] = slope_of(points)
     return found

@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from rules_cosine import ATTACHED
+from rules_memory import slope_of
 from rules_rows import MEAN, ROWS, STUDIES, TWIN
 
 from spikefit.errors import DataError
@@ -18,7 +19,7 @@ DASH = "-"
 
 
 def tables(records: Sequence[Path], folders: Sequence[Path], *, quick: bool = False) -> dict[str, str]:
-    """Markdown by name: "conditions", "memory NETWORK", "time", "direction STUDY WHEN", "accuracy STUDY".
+    """Markdown by name: "conditions", "memory NETWORK", "depth", "time", "direction STUDY WHEN", "accuracy STUDY".
 
     Args:
         records: JSON files that `gradient_rules.py --out` wrote; of a part that several hold, the last one counts.
@@ -42,6 +43,8 @@ def tables(records: Sequence[Path], folders: Sequence[Path], *, quick: bool = Fa
     for network in dict.fromkeys(row["network"] for row in record.get("memory", [])):
         rows = [row for row in record["memory"] if row["network"] == network]
         made[f"memory {network}"] = _memory(rows, record["slopes"][network])
+    if record.get("depth"):
+        made["depth"] = _depth(record["depth"])
     if record.get("seconds"):
         made["time"] = _times(record["seconds"], record["ratios"])
     for study in record.get("cosine", []):
@@ -118,6 +121,25 @@ def _memory(rows: Sequence[dict[str, Any]], slopes: dict[str, dict[str, float]])
             for row in own
         ]
         body.append([_named(name), *saved, _kib(slope.get("saved")), *peaks, _kib(slope.get("peak"))])
+    return _markdown(header, body)
+
+
+def _depth(rows: Sequence[dict[str, Any]]) -> str:
+    """MiB held against blocks and against steps; slopes in bytes, that in blocks without the membranes of a block."""
+    blocks = sorted({row["blocks"] for row in rows})
+    steps = sorted({row["timesteps"] for row in rows})
+    middle = {"blocks": blocks[len(blocks) // 2], "timesteps": steps[len(steps) // 2]}
+    header = ["", f"held MiB, n = {blocks[0]}", *map(str, blocks[1:]), "bytes per block beside membranes"]
+    header += [f"held MiB, T = {steps[0]}", *map(str, steps[1:]), "bytes per step"]
+    body = []
+    for name in dict.fromkeys(row["row"] for row in rows):
+        own = [row for row in rows if row["row"] == name]
+        deep = sorted((r for r in own if r["timesteps"] == middle["timesteps"]), key=lambda r: r["blocks"])
+        long = sorted((r for r in own if r["blocks"] == middle["blocks"]), key=lambda r: r["timesteps"])
+        per_block = slope_of([(r["blocks"], r["saved_bytes"] - r["membrane_bytes"]) for r in deep])
+        per_step = slope_of([(r["timesteps"], r["saved_bytes"]) for r in long])
+        cells = [*(_mib(r["saved_bytes"]) for r in deep), f"{per_block:,.0f}"]
+        body.append([_named(name), *cells, *(_mib(r["saved_bytes"]) for r in long), f"{per_step:,.0f}"])
     return _markdown(header, body)
 
 
