@@ -61,14 +61,23 @@ def test_a_missing_extra_is_named(tmp_path, package, words):
 def stopped(folder, *words, when):
     """Standard error of a command that gets a SIGINT once `when()` is true."""
     process = subprocess.Popen(
-        [*SPIKEFIT, *words], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*SPIKEFIT, *words],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell starts what runs in the background deaf to SIGINT, and processes inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    # a busy machine takes minutes to import and to write two checkpoints
-    deadline = time.monotonic() + 300
-    while not when() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    try:
+        # a busy machine takes minutes to import and to write two checkpoints
+        deadline = time.monotonic() + 300
+        while not when() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert (process.returncode, out) == (130, ""), err
     assert "Traceback" not in err
     return [line for line in err.splitlines() if line.startswith("spikefit: ")]

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from runs import stop_at
 
 from spikefit.errors import CheckpointError
 from spikefit.training import load_checkpoint, load_recipe, train
@@ -48,10 +49,6 @@ train(json.loads(sys.argv[1]), out=sys.argv[2], resume=True, on_progress=say)
 """
 
 
-class Stop(Exception):
-    pass
-
-
 def assert_same_run(a, b):
     one, two = load_checkpoint(a), load_checkpoint(b)
     assert one.tensors.keys() == two.tensors.keys()
@@ -62,17 +59,6 @@ def assert_same_run(a, b):
             assert tensor.dtype == two.tensors[group][name].dtype
     for entry, other in zip(one.state["history"], two.state["history"], strict=True):
         assert {**entry, "seconds": 0} == {**other, "seconds": 0}
-
-
-def stop_at(recipe, out, step):
-    """Train until update `step` has been made, then fall over."""
-
-    def listen(event):
-        if event.kind == "step" and event.step == step:
-            raise Stop
-
-    with pytest.raises(Stop):
-        train(recipe, out=out, resume=True, on_progress=listen)
 
 
 def test_stopped_again_and_again(tmp_path):

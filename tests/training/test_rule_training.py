@@ -3,9 +3,9 @@
 import math
 import re
 
-import numpy as np
 import pytest
 import torch
+from runs import stop_at, weights
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from spikefit.data import batches
@@ -20,8 +20,6 @@ from spikefit.training import (
     build_loss,
     build_model,
     derive_seed,
-    load_checkpoint,
-    load_recipe,
     train,
 )
 
@@ -40,10 +38,6 @@ def ruled(small):
         return small(**{"strategy": strategy, "norm": "step_bn", "loss": loss, "hidden": "[12, 8]", **changes})
 
     return make
-
-
-def weights(out, group="model"):
-    return load_checkpoint(out).tensors[group]
 
 
 def assert_close(got, wanted, tolerance):
@@ -140,21 +134,6 @@ def test_updates_behind_every_step(ruled, rule, updates):
         train(ruled(rule, accumulate="2").override(changes))
 
 
-class Stop(Exception):
-    pass
-
-
-def stop_at(recipe, out, step):
-    """Train until update `step` has been made, then fall over."""
-
-    def listen(event):
-        if event.kind == "step" and event.step == step:
-            raise Stop
-
-    with pytest.raises(Stop):
-        train(recipe, out=out, resume=True, on_progress=listen)
-
-
 @pytest.mark.parametrize("rule", ["sltt", "sltt_k:2", "ottt", "rate:sequence"])
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(ruled, tmp_path, rule):
     recipe = ruled(rule, epochs="2", checkpoint_every="1", encoding="rate", ema="0.9")
@@ -202,34 +181,6 @@ def test_clipping_bounds_the_update(ruled, tmp_path, rule):
         train(ruled(rule, **base, clip_norm=clip_norm), out=tmp_path / name)
     assert distance(weights(tmp_path / "clipped"), start) == pytest.approx(0.01, rel=1e-3)
     assert distance(weights(tmp_path / "free"), start) > 0.05
-
-
-@pytest.mark.parametrize("rule", ["sltt", "ottt", "tbptt:3"])
-def test_steps_without_a_label_count_nowhere(tmp_path, rule):
-    # batches of 4 with 8, 1 and 0 labels; together they weigh as one batch of 12
-    random = np.random.default_rng(0)
-    y = np.full((12, 5), -1)
-    y[:4, :2], y[4, 0] = 1, 0
-    arrays = {f"x_{s}": random.standard_normal((12, 5, 3)).astype(np.float32) for s in ("train", "test")}
-    np.savez(tmp_path / "part.npz", **arrays, y_train=y, y_test=y, classes=["a", "b"])
-    recipe = load_recipe(
-        {
-            "data": {"name": "npz", "root": str(tmp_path), "file": "part.npz"},
-            "encoding": "sequence",
-            "model": {"name": "har_mlp", "hidden": 4, "layers": 1},
-            "norm": "none",
-            "loss": "ce_steps",
-            "strategy": rule,
-            "train": {"optimizer": "sgd", "lr": 0.5, "epochs": 1, "schedule": "constant"},
-        }
-    )
-    whole = train(recipe.override({"batch": 12}), out=tmp_path / "whole")
-    parts = train(recipe.override({"batch": 4, "accumulate": 3}), out=tmp_path / "parts")
-    assert parts.history[0]["train_loss"] == pytest.approx(whole.history[0]["train_loss"], rel=1e-5)
-    assert_close(weights(tmp_path / "parts"), weights(tmp_path / "whole"), 1e-5)
-    alone = train(recipe.override({"batch": 1}))
-    assert alone.history[0]["train_loss"] > 0
-    assert math.isfinite(alone.loss)
 
 
 @pytest.mark.parametrize(

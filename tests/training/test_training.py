@@ -6,18 +6,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from runs import weights
 
 import spikefit
 from spikefit.errors import CheckpointError, OptionError, ShapeError, TrainingError
 from spikefit.neurons import Threshold
-from spikefit.training import ProgressBar, build_loss, evaluate, load_checkpoint, load_recipe, predict, train
+from spikefit.training import ProgressBar, build_loss, evaluate, load_recipe, predict, train
 from spikefit.training.build import make_fabric
 from spikefit.training.evaluation import measure
 from support import known_steps
-
-
-def weights(out, group="model"):
-    return load_checkpoint(out).tensors[group]
 
 
 def assert_same(a, b):
@@ -137,7 +134,8 @@ def test_accumulation_equals_a_larger_batch(small, tmp_path):
     assert start.steps == 2
 
 
-def test_steps_without_a_label_count_nowhere(tmp_path):
+@pytest.mark.parametrize("strategy", ["bptt", "sltt", "ottt", "tbptt:3"])
+def test_steps_without_a_label_count_nowhere(tmp_path, strategy):
     # batches of 4 with 8, 1 and 0 labels; together they weigh as one batch of 12
     random = np.random.default_rng(0)
     y = np.full((12, 5), -1)
@@ -151,6 +149,7 @@ def test_steps_without_a_label_count_nowhere(tmp_path):
             "model": {"name": "har_mlp", "hidden": 4, "layers": 1},
             "norm": "none",
             "loss": "ce_steps",
+            "strategy": strategy,
             "train": {"optimizer": "sgd", "lr": 0.5, "epochs": 1, "schedule": "constant"},
         }
     )
