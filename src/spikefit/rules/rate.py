@@ -120,7 +120,8 @@ def drive_rate(
     first, T = MODES[rule.mode](cast(SpikingNetwork, model), f"rule {rule.name}"), x.shape[0]
     total = first.run(x, around)
     with around(), applied_by(Second(first)):
-        mean = given(first.again(x.mean(0)), total / T)
+        # in the dtype of the sum, so that the loss reads the mean unrounded
+        mean = given(first.again(x.mean(0)).to(total.dtype), total / T)
         value = loss(mean.unsqueeze(0), targets)
     found = value.detach()
     backward(value * rule.grad_scale)
