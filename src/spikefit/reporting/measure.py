@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from spikefit.training.build import STEP_PRECISIONS, make_fabric
 from spikefit.training.checkpoint import fill_model, load_checkpoint
 from spikefit.training.evaluation import time_first, to_sequence
 from spikefit.training.options import fixed_parts
+from spikefit.training.run import run_batch
 
 # below the smallest normal float32 a gradient is zero for all purposes
 TINY = torch.finfo(torch.float32).tiny
@@ -87,18 +88,15 @@ class FirstBatch:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.dropout_seed)
             loss = build_loss(self.recipe, model)
-            if driver.rule is None:
-                driver.run(model, self.x, self.y, loss, backward=self.fabric.backward)
-                return
-            x = self.fabric.strategy.precision.convert_input(self.x)
-            driver.run(
-                cast(Any, model).module,
-                x,
+            run_batch(
+                self.fabric,
+                model,
+                driver,
+                self.x,
                 self.y,
                 loss,
                 backward=self.fabric.backward,
                 update=lambda: None,
-                around=self.fabric.autocast,
             )
 
     def gradients(self, model: Any, driver: Driver = WHOLE) -> dict[str, Tensor]:

@@ -20,7 +20,8 @@ from spikefit.data import batches
 from spikefit.data.batches import count_batches
 from spikefit.errors import CheckpointError, OptionError, TrainingError
 from spikefit.losses.losses import UNLABELLED
-from spikefit.rules import RULES
+from spikefit.losses.model_loss import LossFunction
+from spikefit.rules import RULES, Driver
 from spikefit.training.build import (
     Data,
     build_augmentation,
@@ -212,12 +213,8 @@ class Run:
             x, y, weight = self._share(index, inputs, targets)
             # processes average their gradients, hence the number of them
             factor, skip = weight * fabric.world_size / total, fabric.world_size > 1 and i + 1 < len(group)
-            if self.driver.rule is None:
-                with fabric.no_backward_sync(self.wrapped, enabled=skip):
-                    loss = self.driver.run(self.wrapped, x, y, self.loss, backward=self._backward(factor))
-            else:
-                loss = self._drive(x, y, factor, index)
-            summed += loss * weight
+            with fabric.no_backward_sync(self.wrapped, enabled=skip):
+                summed += self._run(x, y, factor, index) * weight
         if fabric.world_size > 1:
             summed = fabric.all_reduce(summed, reduce_op="sum")  # type: ignore[assignment]
         value = float(summed) / total
@@ -233,23 +230,19 @@ class Run:
         self.step_seconds.append(time.perf_counter() - started)
         return value
 
-    def _backward(self, factor: float) -> Callable[[Tensor], None]:
-        return lambda loss: self.fabric.backward(loss * factor)
-
-    def _drive(self, x: Tensor, y: Tensor, factor: float, batch: int) -> Tensor:
-        """Run a batch by the rule, on the model itself: a data-parallel wrapper would sum gradients in every step."""
-        x = self.fabric.strategy.precision.convert_input(x)
-        # without the rank in it: processes that update behind every step have to choose the same ones
-        chance = torch.Generator().manual_seed(derive_seed(self.recipe.seed, "steps", self.epoch, batch))
-        return self.driver.run(
-            self.model,
+    def _run(self, x: Tensor, y: Tensor, factor: float, batch: int) -> Tensor:
+        """Forward, loss and backward of a batch; the loss, detached."""
+        return run_batch(
+            self.fabric,
+            self.wrapped,
+            self.driver,
             x,
             y,
             self.loss,
-            backward=self._backward(factor),
+            backward=lambda loss: self.fabric.backward(loss * factor),
             update=lambda: self._move_weights(batch),
-            around=self.fabric.autocast,
-            generator=chance,
+            # without the rank in it: processes that update behind every step have to choose the same ones
+            generator=torch.Generator().manual_seed(derive_seed(self.recipe.seed, "steps", self.epoch, batch)),
         )
 
     def _move_weights(self, batch: int) -> None:
@@ -375,6 +368,35 @@ class Run:
         event = ProgressEvent(kind, current, epochs, self.update, epochs * self.updates_per_epoch, loss, accuracy, rate)
         for listener in self.listeners:
             listener(event)
+
+
+def run_batch(
+    fabric: Fabric,
+    wrapped: Any,
+    driver: Driver,
+    x: Tensor,
+    y: Tensor,
+    loss: LossFunction,
+    *,
+    backward: Callable[[Tensor], Any],
+    update: Callable[[], Any],
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """`driver.run` in the precision of `fabric`, on a model that it has set up."""
+    if driver.rule is None:
+        return driver.run(wrapped, x, y, loss, backward=backward)
+    # on the model itself, because a data-parallel wrapper would sum gradients in every step
+    x = fabric.strategy.precision.convert_input(x)
+    return driver.run(
+        wrapped.module,
+        x,
+        y,
+        loss,
+        backward=backward,
+        update=update,
+        around=fabric.autocast,
+        generator=generator,
+    )
 
 
 def _labels(targets: Tensor) -> int:
