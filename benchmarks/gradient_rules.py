@@ -89,7 +89,7 @@ def timed(quick: bool, networks: list[str]) -> dict[str, Any]:
     record: dict[str, Any] = {"seconds": {}, "ratios": {}, "targets": {}, "unmeasured": {}}
     found = []
     if "vgg6" in networks:
-        found.append(times("vgg6", zoo("vgg6", 8, 16, **VGG6, width=0.25 if quick else 1.0), 1 if quick else 5))
+        found.append(times("vgg6", zoo("vgg6", 8, 16, **VGG6, width=0.25 if quick else 1.0), 1 if quick else 11))
     for study in (study for study in STUDIES if study in networks):
         try:
             cell = baseline(study, quick=quick)
