@@ -141,6 +141,40 @@ def test_a_static_image_passes_the_first_synapse_once(rule, norm, monkeypatch):
     assert calls[1] - calls[0] == 5, "5 of 6 calls of the first of six convolutions are saved"
 
 
+@pytest.mark.parametrize("rule", [sltt(), ottt()], ids=lambda r: r.name)
+@pytest.mark.parametrize("norm", ["none", "ws"])
+def test_gradients_of_many_steps_are_not_summed_in_half_precision(rule, norm):
+    torch.manual_seed(1)
+    net = SpikingNetwork([SpikingLinear(32, 64, norm=norm), Readout(64, 4)], input_shape=(32,))
+    static, y = repeat(torch.rand(16, 32), 256), torch.arange(16) % 4
+    around = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    wanted, _ = run(net, static.contiguous(), y, rule, create_loss("tet"), around=around)
+    got, _ = run(net, static, y, rule, create_loss("tet"), around=around)
+    assert error(got, wanted) <= 0.02
+
+
+def test_the_loss_is_that_of_the_steps_whatever_the_gradient_is_scaled_by():
+    x, y = sample(T=6)
+    chosen = {"sampler": EveryK(3, 1)}
+    plain, scaled = (run(dense_net(), x, y, sltt(loss_norm=n, **chosen)) for n in ("K", "T"))
+    assert torch.equal(plain[1].loss, scaled[1].loss)
+    assert error(scaled[0], {n: g / 3 for n, g in plain[0].items()}) <= 1e-12
+
+
+def test_a_loss_of_ones_own_reads_logits_and_classes():
+    class Own:
+        splits_per_step = reads_mean = True
+
+        def step(self, logits, targets):
+            return nn.functional.cross_entropy(logits, targets)
+
+    x, y = sample(T=4)
+    wanted, _ = run(dense_net(), x, y, sltt(), create_loss("ce_steps"))
+    got, _ = run(dense_net(), x, y, sltt(), Own())
+    # the library takes logarithms in float32
+    assert error(got, wanted) <= 1e-5
+
+
 def test_a_stem_that_is_shared_without_a_leaf_raises():
     net, (x, y) = har("none"), sample(T=2, shape=(9,))
 

@@ -8,7 +8,7 @@ from torch import nn
 from spikefit import create_model, use_strategy
 from spikefit.errors import OptionError, ShapeError, StrategyError
 from spikefit.layers import Readout, SpikingAttention, SpikingConv2d, SpikingLinear
-from spikefit.losses import create_loss
+from spikefit.losses import TET, create_loss
 from spikefit.models import SpikingNetwork
 from spikefit.rules import TBPTT, EveryK, RandomK, TopActivity, TraceRule, drive, ndot, ottt, sltt, tbptt
 from spikefit.rules.driver import detached
@@ -95,9 +95,15 @@ def test_models_with_a_readout_at_the_last_step_alone():
 
 def test_shapes_and_updates():
     x, y = sample(T=4)
-    refuses(ShapeError, r"rule sltt: expected x as \[T, B, ...\]", dense_net(), sltt(), x=x[0, 0])
-    refuses(ShapeError, r"with T of at least 1, got \(0, 4, 7\)", dense_net(), sltt(), x=x[:0])
+    refuses(ShapeError, r"rule sltt: expected x as \[T, B, ...\]", Alone(), sltt(), x=x[0, 0])
+    refuses(ShapeError, r"with T of at least 1, got \(0, 4, 7\)", Alone(), sltt(), x=x[:0])
+    refuses(ShapeError, r"at least one time step and one sample, got .*\(0, 4, 7\)", dense_net(), sltt(), x=x[:0])
+    # targets of images without a time axis fit nothing, and are not what is wrong
+    refuses(ShapeError, r"A static input needs a time axis: encoding.repeat", dense_net(), sltt(), x=x[0])
     refuses(ShapeError, r"expected targets \(4,\), or \(4, 4\)", dense_net(), sltt(), y=y[:2])
+    refuses(ShapeError, r"TET: expected int64 .* call targets.long", dense_net(), sltt(), y=y.float(), loss=TET())
+    refuses(OptionError, "depends on none; free a parameter", dense_net().requires_grad_(False), sltt())
+    refuses(StrategyError, "Give the model inside a data-parallel wrapper", nn.DataParallel(dense_net()), sltt())
     refuses(OptionError, "a function that steps the optimiser", dense_net(), sltt(update_every="step"))
     refuses(OptionError, "goes with no update", dense_net(), sltt(), update=lambda: None)
 

@@ -87,6 +87,20 @@ def test_tables_of_rules(table, rule):
     assert str(inside) == str(driver), "the rule, as rows of tables are headed by it"
 
 
+@pytest.mark.parametrize(
+    ("table", "text"),
+    [
+        ({"name": "sltt", "grad_scale": 3.0, "loss_norm": "T"}, "sltt (grad_scale=3.0, loss_norm=T)"),
+        ({"name": "sltt_k:4", "sampler": "random"}, "sltt_k:4"),
+        ({"name": "sltt_k:4", "sampler": "every"}, "sltt_k:4 (sampler=EveryK(k=4, offset='random'))"),
+        ({"name": "tbptt:3", "update_every": "step"}, "tbptt:3 (update_every=step)"),
+        ({"name": "rate:sequence", "grad_scale": 2.0, "inside": "bptt"}, "rate:sequence (grad_scale=2.0)"),
+    ],
+)
+def test_the_text_of_a_rule_tells_what_changes_its_gradient(table, text):
+    assert str(parse_driver(table)) == text
+
+
 @pytest.mark.parametrize("text", ["bptt", "lean:spikes", "checkpoint:3", {"name": "lean", "keep": "spikes"}])
 def test_strategies_of_whole_sequences(text):
     driver = parse_driver(text)

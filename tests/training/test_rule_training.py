@@ -228,6 +228,9 @@ def test_compare_tells_exact_from_approximate(ruled, monkeypatch):
     assert "TET (tet) reads more than the mean" in rows["rate"]["refused"]
     assert errors["rate"] is rows["rate"]["step_seconds"] is None
     assert all(rows[name]["refused"] is None and math.isfinite(rows[name]["loss"]) for name in names[:-1])
+    # options of the recipe's rule hold where that is compared
+    own = comparison.compare(ruled("sltt", epochs="1", **{"strategy.inside": "lean:spikes"}), ["bptt", "sltt"])
+    assert [row["recipe"]["strategy"].get("inside") for row in own] == [None, "lean:spikes"]
     # the random steps of a comparison are those of the seed
     again = comparison.compare(ruled("bptt", epochs="1"), ["sltt_k:2"])
     assert again[0]["max_gradient_error"] == errors["sltt_k:2"]

@@ -95,11 +95,12 @@ def show_profile(target: str, result: dict[str, Any]) -> None:
         )
     settings = result["settings"]
     reset = "no reset" if settings["reset"] in ("", "none") else f"{settings['reset']} reset"
+    inside = "" if settings["inside"] in (None, "bptt") else f" over {settings['inside']}"
     _print(
         ["layer", "kind", "parameters", "kept MiB", "rate %", "M MACs", "M SynOps", "energy uJ"],
         body,
         caption=f"{target}, T={settings['timesteps']}, batch {settings['batch']}, {settings['dtype']}, {reset}, "
-        f"strategy {settings['strategy']}; MACs per step, SynOps and energy per sample.",
+        f"strategy {settings['strategy']}{inside}; MACs per step, SynOps and energy per sample.",
         text=2,
     )
     measured, seconds, energy = result["measured_peak_bytes"], result["step_seconds"], result["energy"]

@@ -69,8 +69,12 @@ class Loss:
         if tuple(targets.shape) not in allowed:
             wanted = " or ".join(map(str, allowed))
             raise ShapeError(f"{who}: expected targets {wanted}, one class per sample, got {tuple(targets.shape)}.")
-        if targets.dtype != torch.int64:
-            raise ShapeError(f"{who}: expected int64 classes as targets, got {targets.dtype}; call targets.long().")
+        _check_classes(who, targets)
+
+
+def _check_classes(who: str, targets: Tensor) -> None:
+    if targets.dtype != torch.int64:
+        raise ShapeError(f"{who}: expected int64 classes as targets, got {targets.dtype}; call targets.long().")
 
 
 def labels_per_step(targets: Tensor) -> Tensor:
@@ -152,6 +156,7 @@ class CrossEntropySteps(Loss):
         return self._entropy(logits.flatten(0, 1), rows.reshape(-1))
 
     def step(self, logits_t: Tensor, targets: Tensor, *, labels: Tensor | float | None = None) -> Tensor:
+        _check_classes(type(self).__name__, targets)
         return self._entropy(logits_t, targets, labels)
 
     def _entropy(self, logits: Tensor, targets: Tensor, labels: Tensor | float | None = None) -> Tensor:

@@ -225,8 +225,8 @@ class OneStepNetwork(SpikingNetwork):
             f"{sample}, which do not pass {where} ({fact.partition('; ')[0]}). Pad or resize them."
         )
 
-    def _check(self, x: Tensor) -> None:
-        super()._check(x)
+    def check_input(self, x: Tensor) -> None:
+        super().check_input(x)
         if x.shape[0] != 1:
             raise ShapeError(
                 f"{type(self).__name__}: DMSN works in one step; got T={x.shape[0]} in {tuple(x.shape)}. Show the "

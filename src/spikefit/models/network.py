@@ -180,7 +180,7 @@ class SpikingNetwork(nn.Module):
         Raises:
             ShapeError: no time axis, T = 0, another number of channels, or sides that do not pass the network.
         """
-        self._check(x)
+        self.check_input(x)
         self._check_length(x)
         chain = self.chain
         logits, _ = self.strategy.run(chain, x, (None,) * len(chain))
@@ -199,7 +199,7 @@ class SpikingNetwork(nn.Module):
                 f"{type(self).__name__}: {self.time_consumers()[0]} needs all {self._window} time steps in one call, "
                 "so there are no pieces to run. Call model(x) on a whole window, or step, which keeps the last window."
             )
-        self._check(x)
+        self.check_input(x)
         self._check_pieces()
         self._check_state(state)
         try:
@@ -295,7 +295,8 @@ class SpikingNetwork(nn.Module):
         """Names of the norms whose statistics run over the whole sequence."""
         return [name for name, m in self.named_modules() if getattr(m, "time_scope", "none") == "sequence"]
 
-    def _check(self, x: Tensor) -> None:
+    def check_input(self, x: Tensor) -> None:
+        """Raise ShapeError unless `x` is a sequence [T, B, ...] that the network takes."""
         who, shape = type(self).__name__, self.input_shape
         if x.ndim != len(shape) + 2 or (x.shape[2] != shape[0]):
             wanted = ", ".join(["T", "B", *map(str, shape)])

@@ -270,7 +270,7 @@ class TRevSNN(SpikingNetwork):
 
     def features(self, x: Tensor) -> Tensor:
         """What the steps read of a sequence [T, B, C, H, W]: [T, B, C_1, H', W'], with encode="group" a group each."""
-        self._check(x)
+        self.check_input(x)
         self._check_length(x)
         seen = self.body.inputs(self.blocks[0](x)[0])
         return torch.stack([self._first(t).entered(one) for t, one in enumerate(seen)])

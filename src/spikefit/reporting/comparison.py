@@ -50,7 +50,7 @@ def compare(
         max_gradient_error = max over parameters of  max |g - g_bptt| / max |g_bptt|
 
     Args:
-        recipe: path, dictionary or `Recipe`; its own strategy does not count.
+        recipe: path, dictionary or `Recipe`; its own strategy counts if it is among `strategies`, with its options.
         strategies: "bptt", "checkpoint", "checkpoint:3", ...
         out: folder for compare.json (the rows), report.html and the checkpoints of training; None writes nothing.
         on_progress: called with (what goes on, None) when a measurement starts, and (strategy, `ProgressEvent`) during
@@ -78,8 +78,8 @@ def compare(
     names = _names(strategies)
     check_measurable("compare", base)
     # options of the recipe's own strategy belong to that alone
-    plain = base.override({"strategy": "bptt"})
-    recipes = {name: plain.override({"strategy": name}) for name in names}
+    plain, own = base.override({"strategy": "bptt"}), base.strategy.name
+    recipes = {name: base if name == own else plain.override({"strategy": name}) for name in names}
     tell: OnProgress = on_progress or (lambda what, event: None)
     with contextlib.ExitStack() as stack:
         stack.enter_context(use_backend(base.backend))

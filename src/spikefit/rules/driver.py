@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from spikefit.errors import OptionError, ShapeError, StrategyError
 from spikefit.layers.chain import State
 from spikefit.losses.losses import Loss, labels_per_step
+from spikefit.models import SpikingNetwork
 from spikefit.ops.dtype import compute_dtype
 from spikefit.rules.activity import spikes_per_step
 from spikefit.rules.resolve import resolve, warn_once
@@ -26,7 +27,7 @@ class Outcome(NamedTuple):
     """What a sequence gave; nothing of it holds a graph.
 
     Attributes:
-        loss: sum of the losses of the chosen steps, divided by N; without `grad_scale`.
+        loss: mean of the losses of the chosen steps, whatever the gradient is scaled by.
         logits: sum of the logits over all steps, [B, K].
         steps: numbers of the steps that called backward.
     """
@@ -53,6 +54,8 @@ def drive(
         for t = 1..T:   logits, state = model.step(x[t], state)
                         if t is chosen:  backward(grad_scale loss.step(logits, targets) / N)
                         state = detached(state)
+
+    N is the number of chosen steps, or T with loss_norm="T".
 
     Held between steps are the state, the traces and what is computed once for the sequence, so memory does not grow
     with T. Steps that are not chosen run without a graph, and move states, traces and statistics of norms all the same.
@@ -85,12 +88,17 @@ def drive(
         outcome = drive(model, encoding.repeat(images, 6), labels, create_loss("tet"), sltt())
         optimizer.step()
     """
-    _check(x, targets, rule, update)
+    if not isinstance(rule, StepRule):
+        raise OptionError(
+            f"drive: expected a rule that calls backward step by step (sltt, ottt, ndot, tbptt), got {rule!r}; rate() "
+            "goes with drive_rate."
+        )
     notes = resolve(model, loss, rule, timesteps=x.shape[0], world_size=world_size())
+    _check(model, x, targets, rule, update)
     warn_once(model, notes, f"rule {rule.name}")
     rule = _with_steps(model, rule, x, around)
     steps, count = rule.draw(x.shape[0], generator)
-    labels = labels_per_step(targets) if targets.ndim == 2 else None
+    share = _shares(loss, targets)
     sequence = Sequence(model, rule, x)
     sequence.begin(x, around)
     state, traces = cast(Any, model).init_state(x.shape[1], tuple(x.shape[2:])), Traces()
@@ -103,9 +111,10 @@ def drive(
             logits, state, traces = sequence.step(x[t], state, traces)
             _check_logits(model, rule, logits, t)
             if chosen:
-                value = loss.step(logits, targets[t] if targets.ndim == 2 else targets, labels=labels) / count
+                value = share(logits, t)
+                check_trained(f"rule {rule.name}", value)
                 total = value.detach() if total is None else total + value.detach()
-                value = value * rule.grad_scale
+                value = value / count * rule.grad_scale
                 window = value if window is None else window + value
                 del value
         if not chosen:
@@ -124,7 +133,15 @@ def drive(
     sequence.finish()
     assert total is not None, "a sampler chooses at least one step"
     assert logits_sum is not None
-    return Outcome(total, logits_sum, steps)
+    return Outcome(total / len(steps), logits_sum, steps)
+
+
+def _shares(loss: Loss, targets: Tensor) -> Callable[[Tensor, int], Tensor]:
+    """The share of step t in the loss, of its logits [B, K]."""
+    if targets.ndim == 1:
+        return lambda logits, t: loss.step(logits, targets)
+    labels = labels_per_step(targets)
+    return lambda logits, t: loss.step(logits, targets[t], labels=labels)
 
 
 def _with_steps(
@@ -166,14 +183,9 @@ def detached(state: State, who: str) -> State:
     return tree_map(cut, state)
 
 
-def _check(x: Tensor, targets: Tensor, rule: StepRule, update: Callable[[], Any] | None) -> None:
-    if not isinstance(rule, StepRule):
-        raise OptionError(
-            f"drive: expected a rule that calls backward step by step (sltt, ottt, ndot, tbptt), got {rule!r}; rate() "
-            "goes with drive_rate."
-        )
+def _check(model: nn.Module, x: Tensor, targets: Tensor, rule: StepRule, update: Callable[[], Any] | None) -> None:
     who = f"rule {rule.name}"
-    check_sequence(who, x)
+    check_sequence(who, model, x)
     if tuple(targets.shape) not in ((x.shape[1],), (x.shape[0], x.shape[1])):
         raise ShapeError(
             f"{who}: expected targets {(x.shape[1],)}, or {(x.shape[0], x.shape[1])} for labels of every step, got "
@@ -184,10 +196,21 @@ def _check(x: Tensor, targets: Tensor, rule: StepRule, update: Callable[[], Any]
         raise OptionError(f"{who}: update_every={rule.update_every!r} goes with {wanted}; change one of the two.")
 
 
-def check_sequence(who: str, x: Tensor) -> None:
-    """Raise ShapeError unless `x` is a sequence [T, B, ...]."""
-    if x.ndim < 3 or x.shape[0] == 0:
+def check_sequence(who: str, model: nn.Module, x: Tensor) -> None:
+    """Raise ShapeError unless `x` is a sequence [T, B, ...] that the model takes."""
+    if isinstance(model, SpikingNetwork):
+        model.check_input(x)
+    elif x.ndim < 3 or x.shape[0] == 0:
         raise ShapeError(f"{who}: expected x as [T, B, ...] with T of at least 1, got {tuple(x.shape)}.")
+
+
+def check_trained(who: str, loss: Tensor) -> None:
+    """Raise OptionError if a loss has no gradient to give."""
+    if not loss.requires_grad:
+        raise OptionError(
+            f"{who}: expected a loss that depends on a parameter with requires_grad, got one that depends on none; "
+            "free a parameter with requires_grad_(), or evaluate with model(x)."
+        )
 
 
 def world_size() -> int:

@@ -15,7 +15,7 @@ from spikefit.errors import OptionError, ShapeError, check_choice
 from spikefit.layers.applying import applied_by
 from spikefit.losses.losses import Loss
 from spikefit.models import SpikingNetwork
-from spikefit.rules.driver import Outcome, check_sequence
+from spikefit.rules.driver import Outcome, check_sequence, check_trained
 from spikefit.rules.rate_passes import First, Second, StepPass, WholePass, given
 from spikefit.rules.resolve import resolve, warn_once
 from spikefit.rules.trace import check_scale
@@ -115,26 +115,28 @@ def drive_rate(
         outcome = drive_rate(model, encoding.repeat(images, 4), labels, create_loss("ce_mean"), rate())
         optimizer.step()
     """
-    _check(x, targets, rule)
-    warn_once(model, resolve(model, loss, rule, timesteps=x.shape[0]), f"rule {rule.name}")
-    first, T = MODES[rule.mode](cast(SpikingNetwork, model), f"rule {rule.name}"), x.shape[0]
-    total = first.run(x, around)
-    with around(), applied_by(Second(first)):
-        # in the dtype of the sum, so that the loss reads the mean unrounded
-        mean = given(first.again(x.mean(0)).to(total.dtype), total / T)
-        value = loss(mean.unsqueeze(0), targets)
-    found = value.detach()
-    backward(value * rule.grad_scale)
-    return Outcome(found, total, tuple(range(T)))
-
-
-def _check(x: Tensor, targets: Tensor, rule: RateRule) -> None:
     if not isinstance(rule, RateRule):
         raise OptionError(
             f"drive_rate: expected rate(), got {rule!r}; rules that call backward step by step go with drive."
         )
+    notes = resolve(model, loss, rule, timesteps=x.shape[0])
+    _check(model, x, targets, rule)
+    warn_once(model, notes, f"rule {rule.name}")
+    first, T = MODES[rule.mode](cast(SpikingNetwork, model), f"rule {rule.name}"), x.shape[0]
+    total = first.run(x, around)
+    with torch.enable_grad(), around(), applied_by(Second(first)):
+        # in the dtype of the sum, so that the loss reads the mean unrounded
+        mean = given(first.again(x.mean(0)).to(total.dtype), total / T)
+        value = loss(mean.unsqueeze(0), targets)
+        check_trained(f"rule {rule.name}", value)
+        found, value = value.detach(), value * rule.grad_scale
+    backward(value)
+    return Outcome(found, total, tuple(range(T)))
+
+
+def _check(model: nn.Module, x: Tensor, targets: Tensor, rule: RateRule) -> None:
     who = f"rule {rule.name}"
-    check_sequence(who, x)
+    check_sequence(who, model, x)
     if tuple(targets.shape) != (x.shape[1],):
         raise ShapeError(
             f"{who}: expected targets {(x.shape[1],)}, one class per sample, got {tuple(targets.shape)}; labels of "

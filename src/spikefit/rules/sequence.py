@@ -33,7 +33,18 @@ class Once(NamedTuple):
 
     @classmethod
     def of(cls, value: Tensor) -> "Once":
-        return cls(value, value.detach().requires_grad_(value.requires_grad))
+        # in half precision a sum over many steps would stop growing
+        wide = value.detach().to(compute_dtype(value.dtype))
+        return cls(value, wide.requires_grad_(value.requires_grad))
+
+    def use(self) -> Tensor:
+        """The value, for one step."""
+        return self.leaf.to(self.value.dtype)
+
+    def finish(self) -> None:
+        """Hand the gradient that the leaf has collected on."""
+        if self.leaf.grad is not None:
+            self.value.backward(self.leaf.grad.to(self.value.dtype))
 
 
 class Sequence:
@@ -105,8 +116,7 @@ class Sequence:
         made = [*self.weights.values(), *(stem for _, stem in self.stems.values())]
         # a stem may have been computed from a standardised weight, whose leaf then collects its gradient
         for once in reversed(made):
-            if once.leaf.grad is not None:
-                once.value.backward(once.leaf.grad)
+            once.finish()
         self.weights, self.stems = {}, {}
         self.statistics.move()
 
@@ -124,7 +134,7 @@ class Sequence:
             if synapse not in self.weights:
                 with torch.enable_grad():
                     self.weights[synapse] = Once.of(synapse.standardized())
-            weight = self.weights[synapse].leaf
+            weight = self.weights[synapse].use()
         return parameters_of(synapse, device, weight)
 
     def is_repeated(self, x: Spikes) -> bool:
@@ -148,7 +158,7 @@ class Sequence:
                 f"{self.who}: {self.wiring.names[synapse]} reads another part of an input that is the same at every "
                 "step; give the model x.contiguous(), which is computed step by step."
             )
-        return once.leaf
+        return once.use()
 
     def dtype(self, x: Spikes) -> torch.dtype:
         """Of the traces of `x`."""

@@ -34,6 +34,8 @@ class Driver:
     Attributes:
         strategy: of the whole sequence, or of each step of a rule; None for that with which the model is made.
         rule: None for the whole sequence.
+
+    Its text is the rule as recipes write it, "tbptt:4", and in brackets what that leaves out, "sltt (grad_scale=2.0)".
     """
 
     strategy: Strategy | None = None
@@ -143,9 +145,12 @@ class Driver:
     def __str__(self) -> str:
         if self.rule is None:
             return str(self.strategy or Strategy())
-        kind = RULES[rule_name(self.rule)]
+        name, kind = rule_name(self.rule), RULES[rule_name(self.rule)]
         option = "" if kind.option is None else kind.option_of(self.rule)
-        return f"{rule_name(self.rule)}{option and ':'}{option}"
+        short = f"{name}{option and ':'}{option}"
+        usual, own = (vars(rule) for rule in (parse_driver(short).rule, self.rule))
+        changed = ", ".join(f"{key}={value}" for key, value in own.items() if value != usual[key])
+        return f"{short} ({changed})" if changed else short
 
 
 # A whole sequence, as the model is made.

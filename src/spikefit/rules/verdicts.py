@@ -120,8 +120,9 @@ TRAITS: dict[str, Trait] = {
         "model without `init_state` and `step`",
         "no no no no no no no",
         {
-            "no": "{path} has no init_state and step, so it cannot run step by step. Build it as "
-            "spikefit.SpikingNetwork([...]) or with spikefit.create_model(...)."
+            "no": "{path} has no init_state and step, so it cannot run step by step. Give the "
+            "model inside a data-parallel wrapper, or build it as spikefit.SpikingNetwork([...]) or with "
+            "spikefit.create_model(...)."
         },
     ),
     "no_state": Trait(
@@ -266,9 +267,11 @@ TRAITS: dict[str, Trait] = {
         "yes yes no no yes no no",
         {
             "no": "{path} has strategy={strategy!r}, whose backward runs units again, past the traces. Call "
-            "use_strategy(model, 'lean') or 'bptt', or use sltt; {rule} holds nothing that grows with T.",
+            "use_strategy(model, 'lean') or 'bptt' (strategy.inside=lean, bptt), or use sltt; {rule} holds nothing "
+            "that grows with T.",
             "rate": "{path} has strategy={strategy!r}, whose backward runs units again, on rates as if they were "
-            "spikes. Call use_strategy(model, 'bptt'), or use sltt; {rule} holds nothing that grows with T.",
+            "spikes. Call use_strategy(model, 'bptt') (strategy.inside=bptt), or use sltt; {rule} holds nothing that "
+            "grows with T.",
         },
     ),
     "lean_unit": Trait(
@@ -276,7 +279,7 @@ TRAITS: dict[str, Trait] = {
         "yes yes yes yes yes no no",
         {
             "rate": "{path} runs lean, and its backward would rebuild membranes of spikes, not of rates. Call "
-            "use_strategy(model, 'bptt'), or use sltt.",
+            "use_strategy(model, 'bptt') (strategy.inside=bptt), or use sltt.",
         },
     ),
     "untraced": Trait(

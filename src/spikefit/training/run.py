@@ -85,8 +85,8 @@ class Run:
                 f"train.accumulate={recipe.train.accumulate}; use accumulate=1, or update_every='sequence'."
             )
         self.optimizer = build_optimizer(recipe, self.model)
-        # what clashes is told before the first batch
-        self.notes = self.driver.notes(self.model, self.loss)
+        # what clashes is told before the first batch; T may be that of the data, which only a batch has
+        self.driver.notes(self.model, self.loss, timesteps=recipe.encoding.timesteps)
         self.sizes = self._batch_sizes()
         self.wrapped, self.wrapped_optimizer = fabric.setup(self.model, self.optimizer)
         self.average = AveragedWeights(self.model, recipe.train.ema) if recipe.train.ema > 0 else None
