@@ -242,11 +242,9 @@ def _in_rule(rule: "StepRule | RateRule", timesteps: int | None, world_size: int
         yield Found("look_ahead" if rule.sampler.look_ahead else "top_activity", f"sampler={rule.sampler!r}")
     if isinstance(rule, StepRule) and rule.update_every == "step" and world_size > 1:
         yield Found("update_every_step", "update_every='step'", (("world_size", str(world_size)),))
-    # a sampler of one's own may leave it out
-    least = getattr(rule.sampler, "least", 1) if isinstance(rule, TraceRule) else 1
-    if timesteps and least > timesteps:
-        facts = (("least", str(least)), ("timesteps", str(timesteps)))
-        yield Found("too_short", f"sampler={rule.sampler!r}", facts)  # type: ignore[union-attr]
+    if isinstance(rule, TraceRule) and timesteps and rule.shortest > timesteps:
+        facts = (("least", str(rule.shortest)), ("timesteps", str(timesteps)))
+        yield Found("too_short", f"sampler={rule.sampler!r}", facts)
     if timesteps == 1:
         yield Found("one_step", "T = 1")
 

@@ -54,7 +54,7 @@ class Driver:
     @property
     def shortest(self) -> int:
         """The least T of a sequence that it can run."""
-        return self.rule.sampler.least if isinstance(self.rule, TraceRule) else 1
+        return self.rule.shortest if isinstance(self.rule, TraceRule) else 1
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Set the strategy on `model`; any torch module runs under plain bptt, which is what it does anyway.

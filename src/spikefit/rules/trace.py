@@ -118,6 +118,11 @@ class TraceRule(StepRule):
     def traced(self) -> bool:
         return self.mu != "zero"
 
+    @property
+    def shortest(self) -> int:
+        """The least T of a sequence that it can run; 1 for a sampler of one's own that does not say."""
+        return getattr(self.sampler, "least", 1)
+
     def draw(self, timesteps: int, generator: torch.Generator | None = None) -> tuple[tuple[int, ...], int]:
         steps = self.sampler.draw(timesteps, generator)
         return steps, timesteps if self.loss_norm == "T" else len(steps)
