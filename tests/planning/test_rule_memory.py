@@ -13,9 +13,6 @@ from spikefit.planning.measured import measured_peak_bytes_of
 from spikefit.planning.memory import PROMISED_FROM, reliability
 from spikefit.rules import parse_driver
 
-# notes on what is approximate, which tests/rules reads
-pytestmark = pytest.mark.filterwarnings("ignore::spikefit.errors.RuleWarning")
-
 NEURON = {"name": "lif", "tau": 2.0, "v_threshold": 0.5}
 STEPS = (2, 4, 8, 16)
 STEPWISE = ["sltt", "sltt_k:2", "ottt", "ndot", "tbptt:2"]

@@ -14,8 +14,6 @@ from spikefit.losses import create_loss
 from spikefit.planning import saved_bytes
 from spikefit.rules import parse_driver
 
-pytestmark = pytest.mark.filterwarnings("ignore::spikefit.errors.RuleWarning")
-
 NEURON = {"name": "lif", "tau": 2.0, "v_threshold": 0.5}
 COMMON = {"neuron": NEURON, "norm": "step_bn", "num_classes": 3}
 IMAGE = {"width": 1 / 16, "input_shape": (3, 16, 16)}

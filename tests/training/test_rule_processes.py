@@ -55,7 +55,6 @@ EXACT = {
     for where, changes in {"one step": {"timesteps": "1"}, "one layer": {"hidden": "[8]", "timesteps": "4"}}.items()
     for strategy in ("bptt", "ottt")
 }
-pytestmark = pytest.mark.filterwarnings("ignore::spikefit.errors.RuleWarning")
 
 
 def recipe_of(small, changes, loss):

@@ -23,8 +23,6 @@ from spikefit.training import (
     train,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore::spikefit.errors.RuleWarning")
-
 RULES = ["sltt", "sltt_k:2", "ottt", "ndot", "tbptt:2", "rate", "rate:sequence"]
 PLAIN = {"optimizer": "sgd", "momentum": "0", "schedule": "constant", "lr": "0.5", "epochs": "1"}
 
