@@ -144,7 +144,7 @@ class BatchNorm(nn.Module):
         unbiased = found.var * (count / max(count - 1, 1))
         for row in range(rows):
             for _ in range(times):
-                self.num_batches_tracked += 1
+                self.num_batches_tracked.add_(1)
                 share = self.momentum if self.momentum is not None else self._equal_share()
                 self.running_mean.lerp_(found.mean[row].to(self.running_mean.dtype), share)
                 self.running_var.lerp_(unbiased[row].to(self.running_var.dtype), share)

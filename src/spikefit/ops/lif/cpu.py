@@ -119,7 +119,7 @@ def backward(
         in_place,
         want_coefficients,
     )
-    return torch.from_numpy(sums.sum(0)).to(v_0.dtype)
+    return torch.from_numpy(sums.sum(0)).to(v_0.dtype) if want_coefficients else v_0.new_zeros(3)
 
 
 def values_of(v_N: Tensor) -> np.ndarray:
@@ -158,11 +158,17 @@ def _half_blocks(rows: Tensor) -> list[slice]:
 def block_state(v_N, lo, hi):
     """A copy of v_N[lo:hi]; an array of one value stands for that value repeated."""
     v = np.empty(hi - lo, v_N.dtype)
+    fill(v, v_N, lo)
+    return v
+
+
+@numba.njit(cache=True, error_model="numpy")
+def fill(v, v_N, lo):
+    """v <- v_N[lo : lo + v.size], or the one value of v_N repeated."""
     if v_N.size == 1:
         v[:] = v_N[0]
     else:
-        v[:] = v_N[lo:hi]
-    return v
+        v[:] = v_N[lo : lo + v.size]
 
 
 @numba.njit(cache=True, error_model="numpy")
@@ -212,11 +218,11 @@ def _forward(x_RN, v_0, spikes_TN, v_T, leak, gain, theta, reset, v_reset, v_res
     T, N = spikes_TN.shape
     for b in prange((N + block - 1) // block):
         lo, hi = b * block, min(N, (b + 1) * block)
-        v = block_state(v_0, lo, hi)
+        v = v_T[lo:hi]
+        fill(v, v_0, lo)
         for t in range(T):
             x = x_RN[t if x_RN.shape[0] > 1 else 0, lo:hi]
             _advance(x, v, spikes_TN[t, lo:hi], leak, gain, theta, reset, v_reset, v_rest, strict, grid)
-        v_T[lo:hi] = v
 
 
 @numba.njit(cache=True, error_model="numpy")
@@ -297,6 +303,14 @@ def _adjoint_soft_atan(u_dx, g, q, leak, gain, theta, a, p):
 
 
 @numba.njit(cache=True, error_model="numpy")
+def _one_step_soft_atan(x, v, g, q, dx, leak, gain, theta, v_rest, grid, a, p):
+    """`_rebuild` and `_adjoint_soft_atan` of a single step in one loop; `q` is one value for all neurons."""
+    for i in range(x.size):
+        u = charge(v[i], x[i], leak, gain, v_rest, grid)
+        dx[i] = gain * to_membrane(g[i], atan_slope(u, theta, p), q, u, u, theta, SOFT, u, a)
+
+
+@numba.njit(cache=True, error_model="numpy")
 def _add_sums(out_3, u, s, given, slope, g, q, v, x, theta, reset, v_reset, v_rest, strict, a):
     """Add the share of one step in d(leak, gain, theta), before `adjoint`; `v` is where the step starts."""
     d_leak = d_gain = d_theta = 0.0
@@ -322,8 +336,13 @@ def _backward(
 ):  # fmt: skip
     T, N = g_TN.shape
     given = spikes_TN.shape[0] > 0
+    alone = in_place and T == 1 and v_0.size == N and q_N.size == 1 and dv_0.size == 0
     for b in prange((N + block - 1) // block):
         lo, hi = b * block, min(N, (b + 1) * block)
+        if alone:
+            x, g, dx = x_RN[0, lo:hi], g_TN[0, lo:hi], dx_TN[0, lo:hi]
+            _one_step_soft_atan(x, v_0[lo:hi], g, q_N[0], dx, leak, gain, theta, v_rest, grid, a, p)
+            continue
         n = hi - lo
         # v_all[t] is the membrane that step t starts from, kept only for the gradient of leak
         u_all = np.empty((0 if in_place else T, n), v_0.dtype)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spikefit.ops.custom_op import custom_op
 from spikefit.ops.dtype import compute_dtype
 from spikefit.ops.lif import reference
 from spikefit.ops.lif.op import Dynamics, Layout, choose_backend, flat, left_grid, unflat
@@ -83,7 +84,7 @@ def _room(x: Tensor, backend: str) -> torch.dtype:
     return x.dtype if backend == "triton" else compute_dtype(x.dtype)
 
 
-@torch.library.custom_op("spikefit::lif_on_grid", mutates_args=())
+@custom_op("spikefit::lif_on_grid")
 def _forward(
     x: Tensor,
     v_0: Tensor,
@@ -127,7 +128,7 @@ def _(x, v_0, *rest):
     return layout.empty(x, x.dtype), layout.empty_state(x, v_0.dtype), layout.empty(x, torch.uint8)
 
 
-@torch.library.custom_op("spikefit::lif_on_grid_backward", mutates_args=())
+@custom_op("spikefit::lif_on_grid_backward")
 def _backward(
     g: Tensor,
     q: Tensor,

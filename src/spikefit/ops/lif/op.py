@@ -1,5 +1,6 @@
 """The one door to the LIF sequence: it checks, chooses a backend per call, and registers the kernels with autograd."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from spikefit.errors import BackendError, OptionError, ShapeError, StateError
 from spikefit.ops import dispatch
+from spikefit.ops.custom_op import custom_op
 from spikefit.ops.dtype import compute_dtype
 from spikefit.ops.lif import reference
 from spikefit.ops.lif.equation import Equation, check_coefficients, check_on_grid
@@ -282,7 +284,7 @@ def coefficients(
         check_coefficients(*given)  # type: ignore[arg-type]
         if frac_bits is not None:
             check_on_grid(frac_bits, leak, v_threshold)  # type: ignore[arg-type]
-        return given, None  # type: ignore[return-value]
+        return (float(leak), float(gain), float(v_threshold)), None
     return (0.0, 0.0, 0.0), torch.stack([torch.as_tensor(c, dtype=v_0.dtype, device=v_0.device) for c in given])
 
 
@@ -303,8 +305,9 @@ def left_grid(v_T: Tensor, equation: Equation) -> bool:
 
 def flat(equation: Equation) -> tuple[str, float, float, bool, bool, str, float, int | None]:
     """The equation as arguments a custom op can take."""
-    e = equation
-    return e.reset, e.v_reset, e.v_rest, e.strict, e.detach_reset, e.surrogate.name, e.surrogate.parameter, e.frac_bits
+    e, slope = equation, equation.surrogate
+    levels = float(e.v_reset), float(e.v_rest)
+    return e.reset, *levels, e.strict, e.detach_reset, slope.name, float(slope.parameter), e.frac_bits
 
 
 class Layout:
@@ -321,6 +324,11 @@ class Layout:
         self.shape = tuple(x.shape[i] for i in self.order)
         step = x[0].permute([i - 1 for i in inner])
         self.repeated = x.shape[0] > 1 and x.stride(0) == 0 and step.is_contiguous()
+
+    @staticmethod
+    def of(x: Tensor) -> "Layout":
+        """The layout of a tensor with values, found once per shape and strides."""
+        return _layout(x.shape, x.stride())
 
     def rows(self, x: Tensor) -> Tensor:
         """[T, B, ...] -> [T, N] in memory order; copies only if `x` lies differently."""
@@ -348,6 +356,11 @@ class Layout:
         return like.new_empty(self.shape[1:], dtype=dtype).permute(inverse)
 
 
+@functools.lru_cache(maxsize=256)
+def _layout(shape: torch.Size, strides: tuple[int, ...]) -> Layout:
+    return Layout(torch.empty_strided(shape, strides, device="meta"))
+
+
 def _state_row(layout: Layout, v: Tensor, backend: str) -> Tensor:
     """A membrane as [N]; numba also reads one repeated value, which spares filling a tensor with zeros."""
     row = layout.flat(v)
@@ -365,6 +378,7 @@ def _kernels(backend: str):
     return cpu
 
 
+@functools.lru_cache(maxsize=256)
 def unflat(
     reset: str,
     v_reset: float,
@@ -379,7 +393,7 @@ def unflat(
     return Equation(reset, v_reset, v_rest, strict, detach_reset, slope, frac_bits)  # type: ignore[arg-type]
 
 
-@torch.library.custom_op("spikefit::lif", mutates_args=())
+@custom_op("spikefit::lif")
 def _lif_forward(
     x: Tensor,
     v_0: Tensor,
@@ -398,7 +412,7 @@ def _lif_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     equation = unflat(reset, v_reset, v_rest, strict, detach_reset, surrogate, parameter, frac_bits)
-    layout = Layout(x)
+    layout = Layout.of(x)
     spikes, v_T = layout.empty(x, x.dtype), layout.empty_state(x, v_0.dtype)
     _kernels(backend).forward(
         layout.input_rows(x),
@@ -419,7 +433,7 @@ def _(x, v_0, *rest):
     return layout.empty(x, x.dtype), layout.empty_state(x, v_0.dtype)
 
 
-@torch.library.custom_op("spikefit::lif_backward", mutates_args=())
+@custom_op("spikefit::lif_backward")
 def _lif_backward(
     g: Tensor,
     q: Tensor,
@@ -444,7 +458,7 @@ def _lif_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dv_0, d(leak, gain, v_threshold)); dv_0 is empty, and the last zeros, unless wanted."""
     equation = unflat(reset, v_reset, v_rest, strict, detach_reset, surrogate, parameter, frac_bits)
-    layout = Layout(x)
+    layout = Layout.of(x)
     dx, dv_0 = layout.empty(x, x.dtype), _state_gradient(layout, v_0, want_state)
     d_3 = _kernels(backend).backward(
         layout.rows(g.to(x.dtype)),

@@ -31,19 +31,33 @@ def affine(z_TMCS: Tensor, scale_RC: Tensor, shift_RC: Tensor, out_TMCS: Tensor)
 
 
 def gradient_sums(g_TMCS: Tensor, z_TMCS: Tensor) -> tuple[Tensor, Tensor]:
-    _, M, C, _ = z_TMCS.shape
-    first, second = [], []
+    pieces = []
     use_torch_threads()
     squares = g_TMCS is z_TMCS
     for g, z, _ in _steps(g_TMCS, z_TMCS):
         z = z.to(compute_dtype(z.dtype))
         g = z if squares else g.to(z.dtype)
-        blocks = -(-M // _rows(z))
-        partial = np.zeros((2, z.shape[0], blocks, C))
-        _gradient_sums(g.numpy(), z.numpy(), partial, _rows(z))
-        first.append(torch.from_numpy(partial[0].sum(1)))
-        second.append(torch.from_numpy(partial[1].sum(1)))
-    return torch.cat(first), torch.cat(second)
+        pieces.append(_totals(g.numpy(), z.numpy(), _rows(z)))
+    first, second = torch.from_numpy(pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1))
+    return first, second
+
+
+def normalise(z_TMCS: Tensor, weight: Tensor, bias: Tensor, eps: float, out_TMCS: Tensor) -> tuple[Tensor, Tensor]:
+    """out = norm(z) with statistics of each step, in one call; (mean, var), [T, C] float64. All float32."""
+    use_torch_threads()
+    numbers = weight.detach().numpy(), bias.detach().numpy(), eps
+    mean, var = _normalise(z_TMCS.detach().numpy(), *numbers, out_TMCS.numpy(), _rows(z_TMCS))
+    return torch.from_numpy(mean), torch.from_numpy(var)
+
+
+def gradient(
+    g_TMCS: Tensor, z_TMCS: Tensor, weight: Tensor, mean: Tensor, var: Tensor, eps: float, out_TMCS: Tensor
+) -> tuple[Tensor, Tensor]:
+    """out = dz of `normalise` for g = dL/dx, in one call; (dweight, dbias) of each step, [T, C] float64."""
+    use_torch_threads()
+    g, z, w, m, v = (tensor.detach().numpy() for tensor in (g_TMCS, z_TMCS, weight, mean, var))
+    d_bias, d_weight = torch.from_numpy(_gradient(g, z, w, m, v, eps, out_TMCS.numpy(), _rows(z_TMCS)))
+    return d_weight, d_bias
 
 
 def combine(g_TMCS: Tensor, z_TMCS: Tensor, a_RC: Tensor, b_RC: Tensor, c_RC: Tensor, out_TMCS: Tensor) -> None:
@@ -136,3 +150,50 @@ def _gradient_sums(g, z, partial, rows):
                         q0 += gd * z[t, m, c, i]
                     first[c] += s0 + s1 + s2 + s3
                     second[c] += q0 + q1 + q2 + q3
+
+
+@numba.njit(cache=True, error_model="numpy")
+def _totals(g, z, rows):
+    """(sum of g, sum of g z) of each step and channel, [2, T, C]; blocks of rows are added in order."""
+    T, M, C, _ = z.shape
+    partial = np.zeros((2, T, (M + rows - 1) // rows, C))
+    _gradient_sums(g, z, partial, rows)
+    total = partial[:, :, 0].copy()
+    for b in range(1, partial.shape[2]):
+        total += partial[:, :, b]
+    return total
+
+
+@numba.njit(cache=True, error_model="numpy")
+def _normalise(z, weight, bias, eps, out, rows):
+    """Float64 in the order of `op.scale_and_shift`, which other paths use: the bits agree."""
+    T, M, C, S = z.shape
+    mean, var = _totals(z, z, rows) / (M * S)
+    scale, shift = np.empty((T, C), z.dtype), np.empty((T, C), z.dtype)
+    for t in range(T):
+        for c in range(C):
+            m = mean[t, c]
+            v = var[t, c] - m * m
+            var[t, c] = v = 0.0 if v < 0 else v
+            factor = np.float64(weight[c]) * (1 / np.sqrt(v + eps))
+            scale[t, c], shift[t, c] = factor, np.float64(bias[c]) - m * factor
+    _affine(z, scale, shift, out, rows)
+    return mean, var
+
+
+@numba.njit(cache=True, error_model="numpy")
+def _gradient(g, z, weight, mean, var, eps, out, rows):
+    """Float64 in the order of `op.norm_gradient`; returns (dbias, dweight) of each step."""
+    T, M, C, S = z.shape
+    total = _totals(g, z, rows)
+    a_TC, b_TC, c_TC = np.empty((T, C), z.dtype), np.empty((T, C), z.dtype), np.empty((T, C), z.dtype)
+    for t in range(T):
+        for c in range(C):
+            inverse = 1 / np.sqrt(var[t, c] + eps)
+            d_bias = total[0, t, c]
+            total[1, t, c] = d_normal = (total[1, t, c] - mean[t, c] * d_bias) * inverse
+            a = np.float64(weight[c]) * inverse
+            b = -a * inverse * d_normal / (M * S)
+            a_TC[t, c], b_TC[t, c], c_TC[t, c] = a, b, -a * d_bias / (M * S) - b * mean[t, c]
+    _combine(g, z, a_TC, b_TC, c_TC, out, rows)
+    return total

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from spikefit.errors import ShapeError
 from spikefit.ops import dispatch
+from spikefit.ops.custom_op import custom_op
 from spikefit.ops.dtype import compute_dtype
 from spikefit.ops.norm import reference
 
@@ -189,17 +190,24 @@ def _empty(z: Tensor) -> Tensor:
     return torch.empty_like(z, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("spikefit::channel_norm", mutates_args=())
+@custom_op("spikefit::channel_norm")
 def _channel_norm(
     z: Tensor, weight: Tensor, bias: Tensor, eps: float, per_step: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x, mean, var); the moments are float64, [T, C] or [1, C]."""
+    rows, compute, kernels = _view(z), compute_dtype(z.dtype), _kernels(backend)
+    out = torch.empty_like(rows)
+    if _in_one_call(backend, per_step or z.shape[0] == 1, z, weight, bias):
+        return _like(out, z), *kernels.normalise(rows, weight, bias, eps, out)
     mean, var = _moments_on(z, per_step, backend)
     scale, shift = scale_and_shift(weight, bias, mean, var, eps)
-    rows, compute = _view(z), compute_dtype(z.dtype)
-    out = torch.empty_like(rows)
-    _kernels(backend).affine(rows, scale.to(compute), shift.to(compute), out)
+    kernels.affine(rows, scale.to(compute), shift.to(compute), out)
     return _like(out, z), mean, var
+
+
+def _in_one_call(backend: str, each_step: bool, *tensors: Tensor) -> bool:
+    """Whether one call of numba does it all; one step at a time, small tensors between calls cost more than they do."""
+    return backend == "numba" and each_step and all(t.dtype == torch.float32 for t in tensors)
 
 
 def _moments_on(z: Tensor, per_step: bool, backend: str) -> tuple[Tensor, Tensor]:
@@ -216,7 +224,7 @@ def _moments_on(z: Tensor, per_step: bool, backend: str) -> tuple[Tensor, Tensor
     return mean if first is None else mean + first[:, 0, :, 0], var
 
 
-@torch.library.custom_op("spikefit::moments", mutates_args=())
+@custom_op("spikefit::moments")
 def _moments(z: Tensor, per_step: bool, backend: str) -> tuple[Tensor, Tensor]:
     return _moments_on(z, per_step, backend)
 
@@ -232,7 +240,7 @@ def _(z, weight, bias, eps, per_step, backend):
     return _empty(z), *moments
 
 
-@torch.library.custom_op("spikefit::channel_norm_backward", mutates_args=())
+@custom_op("spikefit::channel_norm_backward")
 def _channel_norm_backward(
     g: Tensor,
     z: Tensor,
@@ -247,12 +255,14 @@ def _channel_norm_backward(
     """(dz, dweight, dbias); of `renorm` where running statistics are given."""
     running = None if running_mean is None or running_var is None else (running_mean, running_var)
     kernels, rows, compute = _kernels(backend), _view(z), compute_dtype(z.dtype)
-    g_rows = _in_order_of(g, z)
+    g_rows, out = _in_order_of(g, z), torch.empty_like(rows)
+    if running is None and _in_one_call(backend, mean.shape[0] == z.shape[0], g, z, weight):
+        d_weight, d_bias = kernels.gradient(g_rows, rows, weight, mean, var, eps, out)
+        return _like(out, z), d_weight.sum(0).to(weight.dtype), d_bias.sum(0).to(weight.dtype)
     sum_g, sum_gz = kernels.gradient_sums(g_rows, rows)
     if mean.shape[0] == 1:
         sum_g, sum_gz = sum_g.sum(0, keepdim=True), sum_gz.sum(0, keepdim=True)
     d = norm_gradient(sum_g, sum_gz, weight, mean, var, eps, z.numel() // mean.numel(), running)
-    out = torch.empty_like(rows)
     kernels.combine(g_rows, rows, d.a.to(compute), d.b.to(compute), d.c.to(compute), out)
     return _like(out, z), d.d_weight.sum(0).to(weight.dtype), d.d_bias.sum(0).to(weight.dtype)
 
@@ -276,7 +286,7 @@ def _norm_gradient(ctx, g, _mean, _var):
 _channel_norm.register_autograd(_norm_gradient, setup_context=_save_norm)
 
 
-@torch.library.custom_op("spikefit::affine", mutates_args=())
+@custom_op("spikefit::affine")
 def _affine(z: Tensor, scale_RC: Tensor, shift_RC: Tensor, backend: str) -> Tensor:
     rows, compute = _view(z), compute_dtype(z.dtype)
     out = torch.empty_like(rows)
@@ -289,7 +299,7 @@ def _(z, scale_RC, shift_RC, backend):
     return _empty(z)
 
 
-@torch.library.custom_op("spikefit::affine_backward", mutates_args=())
+@custom_op("spikefit::affine_backward")
 def _affine_backward(g: Tensor, z: Tensor, scale_RC: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """(dz, dscale, dshift)."""
     kernels, compute = _kernels(backend), compute_dtype(z.dtype)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from spikefit.ops import dispatch
+from spikefit.ops.custom_op import custom_op
 from spikefit.ops.dtype import compute_dtype
 from spikefit.ops.norm.op import _channel_norm_backward, _check, _choose, _empty, _kernels, _like, _view
 
@@ -53,7 +54,7 @@ def running_map(weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: fl
     return scale, bias - mean * scale
 
 
-@torch.library.custom_op("spikefit::renorm", mutates_args=())
+@custom_op("spikefit::renorm")
 def _renorm(
     z: Tensor,
     weight: Tensor,

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from spikefit.errors import OptionError, ShapeError
 from spikefit.ops import dispatch
+from spikefit.ops.custom_op import custom_op
 from spikefit.ops.packbits import reference
 
 BITS = (1, 2, 4, 8)
@@ -100,7 +101,7 @@ def _kernels(backend: str):
     return reference
 
 
-@torch.library.custom_op("spikefit::pack", mutates_args=())
+@custom_op("spikefit::pack")
 def _pack(values: Tensor, bits: int, backend: str) -> Tensor:
     rows = values.reshape(-1, values.shape[-1])
     step = max(1, SLICE // max(1, rows.shape[1]))
@@ -115,7 +116,7 @@ def _(values, bits, backend):
     return values.new_empty((*values.shape[:-1], packed_length(values.shape[-1], bits)), dtype=torch.uint8)
 
 
-@torch.library.custom_op("spikefit::unpack", mutates_args=())
+@custom_op("spikefit::unpack")
 def _unpack(packed: Tensor, channels: int, bits: int, dtype: torch.dtype, backend: str) -> Tensor:
     out = packed.new_empty((*packed.shape[:-1], channels), dtype=dtype)
     if out.numel() > 0:
