@@ -22,6 +22,7 @@ from spikefit.layers.packed import Spikes, dense, packed_or_dense, pooled_space
 from spikefit.layers.rebuild import Rebuild, check_rebuild, neuron_of
 from spikefit.layers.stage_function import Flow, run_rebuilt
 from spikefit.layers.unit import Layer, SpikingUnit
+from spikefit.layers.weight import zero_membrane
 
 # Neurons times steps that backward rebuilds together where layers have membranes of their own.
 PIECE = 1 << 20
@@ -180,7 +181,7 @@ class SharedStage:
         """(zero membranes, shape of one output sample)."""
         shapes = self.shapes(shape)
         state = [
-            torch.zeros((batch_size, *neuron_of(layer).state_shape(s)), device=device, dtype=dtype)
+            zero_membrane(batch_size, neuron_of(layer).state_shape(s), device=device, dtype=dtype)
             for layer, s in zip(self.layers, shapes, strict=True)
         ]
         out = (shapes[-1][0], *pooled_space(shapes[-1][1:], self.layers[-1].unit.pool or ""))

@@ -26,6 +26,7 @@ from spikefit.layers.weight import (
     check_weight,
     map_of,
     parameters_of,
+    zero_membrane,
 )
 from spikefit.neurons import SpikingNeuron
 from spikefit.neurons.table import as_neuron
@@ -220,7 +221,7 @@ class SpikingUnit(nn.Module):
         if self.neuron is None:
             return None, tuple(out)
         state = self.neuron.state_shape(membrane)
-        return torch.zeros((batch_size, *state), device=device, dtype=dtype), tuple(out)
+        return zero_membrane(batch_size, state, device=device, dtype=dtype), tuple(out)
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of one sample of the current, for input samples of `shape`."""

@@ -7,7 +7,7 @@ to agree to rounding, runs on the folded batch [T * B, ...] in one call.
 
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -266,14 +266,24 @@ def stepwise(
 
 def _dense(x: Tensor) -> Tensor:
     """Images in channels-last, where float32 convolutions are faster; anything else contiguous."""
-    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.contiguous()
+    return x.contiguous(memory_format=_order(x.ndim))
+
+
+def _order(ndim: int) -> torch.memory_format:
+    return torch.channels_last if ndim == 4 else torch.contiguous_format
 
 
 def _empty(piece: Tensor, T: int, B: int) -> Tensor:
     """[T, B, ...] in the memory order of `piece`."""
     shape = (T * B, *piece.shape[1:])
-    order = torch.channels_last if piece.ndim == 4 else torch.contiguous_format
-    return torch.empty(shape, dtype=piece.dtype, device=piece.device, memory_format=order).unflatten(0, (T, B))
+    made = torch.empty(shape, dtype=piece.dtype, device=piece.device, memory_format=_order(piece.ndim))
+    return made.unflatten(0, (T, B))
+
+
+def zero_membrane(batch_size: int, shape: tuple[int, ...], *, device: Any = None, dtype: torch.dtype) -> Tensor:
+    """Zeros [B, ...] in the memory order of currents; the first step would copy another one."""
+    zeros = torch.empty((batch_size, *shape), device=device, dtype=dtype, memory_format=_order(1 + len(shape)))
+    return zeros.zero_()
 
 
 class Standardized(nn.Module):
