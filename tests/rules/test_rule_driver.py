@@ -141,6 +141,33 @@ def test_a_static_image_passes_the_first_synapse_once(rule, norm, monkeypatch):
     assert calls[1] - calls[0] == 5, "5 of 6 calls of the first of six convolutions are saved"
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("rule", [sltt(), sltt(sampler=EveryK(2, 1)), tbptt(2), ottt(trace_first=False)], ids=str)
+def test_the_norm_behind_a_static_image_runs_once_and_moves_its_statistics_by_all_steps(rule, momentum, monkeypatch):
+    images = torch.rand(4, 2, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    y, static, calls = torch.tensor([0, 1, 2, 0]), repeat(images, 6), []
+    normalised = BatchNorm.normalised
+
+    def counted(norm, *arguments):
+        calls.append(norm)
+        return normalised(norm, *arguments)
+
+    monkeypatch.setattr(BatchNorm, "normalised", counted)
+    nets = []
+    for x in (static, static.contiguous()):
+        net = vgg6()
+        for norm in (m for m in net.modules() if isinstance(m, BatchNorm)):
+            norm.momentum = momentum
+        calls.clear()
+        found, _ = run(net, x, y, rule)
+        nets.append((net, found, calls.count(net.blocks[0].norm), len(calls)))
+    (got, gradients_got, once, all_of_got), (wanted, gradients_wanted, often, all_of_wanted) = nets
+    assert (once, often, all_of_wanted - all_of_got) == (1, 6, 5)
+    assert error(gradients_got, {n: g for n, g in gradients_wanted.items() if g.norm() > 1e-9}) <= 1e-12
+    for (name, a), b in zip(got.named_buffers(), wanted.buffers(), strict=True):
+        assert torch.equal(a, b), name
+
+
 @pytest.mark.parametrize("rule", [sltt(), ottt()], ids=lambda r: r.name)
 @pytest.mark.parametrize("norm", ["none", "ws"])
 def test_gradients_of_many_steps_are_not_summed_in_half_precision(rule, norm):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from spikefit.errors import StrategyError
 from spikefit.layers.applying import applied_by
 from spikefit.layers.chain import State
-from spikefit.layers.norm import OnlineRenorm
+from spikefit.layers.norm import BatchNorm, OnlineRenorm
 from spikefit.layers.packed import PackedSpikes, Spikes
 from spikefit.layers.recompute import random_state, replayed, unchanged_buffers
 from spikefit.layers.running import SequenceStatistics
@@ -50,10 +50,10 @@ class Once(NamedTuple):
 class Sequence:
     """What holds for one sequence under a rule.
 
-    Standardised weights, and the first synapse of a sequence that shows one step T times, are computed once; each step
-    reads a leaf in their place, and `finish` hands the gradients that it collected on. A dropout layer has one mask,
-    drawn where it is first used. Under a strategy that runs units again in backward (`checkpoint`, `reversible`, ...)
-    all of this happens in every step instead.
+    Standardised weights, and the first synapse of a sequence that shows one step T times with its norm, are computed
+    once; each step reads a leaf in their place, and `finish` hands the gradients that it collected on. A dropout layer
+    has one mask, drawn where it is first used. Under a strategy that runs units again in backward (`checkpoint`,
+    `reversible`, ...) all of this happens in every step instead.
 
     Args:
         model: with `step`; its strategy and mode stay.
@@ -74,6 +74,9 @@ class Sequence:
         self.repeated = x if x.shape[0] > 1 and x.stride(0) == 0 and not x.requires_grad else None
         self.weights: dict[nn.Module, Once] = {}
         self.stems: dict[nn.Module, tuple[Any, Once]] = {}
+        self.normed: dict[tuple[nn.Module, nn.Module], Once] = {}
+        # the synapse whose stem was asked for last, and what it got
+        self.last_stem: tuple[nn.Module, Tensor] | None = None
         self.masks = Masks()
         self.statistics = SequenceStatistics()
         self.checked = not rule.traced
@@ -113,11 +116,11 @@ class Sequence:
 
     def finish(self) -> None:
         """Hand the gradients that leaves have collected on to what they were computed from; move statistics, once."""
-        made = [*self.weights.values(), *(stem for _, stem in self.stems.values())]
-        # a stem may have been computed from a standardised weight, whose leaf then collects its gradient
+        made = [*self.weights.values(), *(stem for _, stem in self.stems.values()), *self.normed.values()]
+        # what was computed from the leaf of another one comes first
         for once in reversed(made):
             once.finish()
-        self.weights, self.stems = {}, {}
+        self.weights, self.stems, self.normed, self.last_stem = {}, {}, {}, None
         self.statistics.move()
 
     def mu(self, part: nn.Module) -> Factor | None:
@@ -158,7 +161,21 @@ class Sequence:
                 f"{self.who}: {self.wiring.names[synapse]} reads another part of an input that is the same at every "
                 "step; give the model x.contiguous(), which is computed step by step."
             )
-        return once.use()
+        z = once.use()
+        self.last_stem = synapse, z
+        return z
+
+    def normalised(self, norm: BatchNorm, z: Tensor, repeats: int) -> Tensor:
+        """norm(z); that of a stem is computed once, and moves its running statistics by all steps at once."""
+        synapse, stem = self.last_stem or (None, None)
+        # the output of a norm that is online depends on the steps before
+        if synapse is None or z is not stem or self.repeated is None or isinstance(norm, OnlineRenorm):
+            return norm.normalised(z, norm.weight, norm.bias, repeats)[0]
+        if (synapse, norm) not in self.normed:
+            with torch.enable_grad():
+                x = norm.normalised(z, norm.weight, norm.bias, self.repeated.shape[0])[0]
+            self.normed[synapse, norm] = Once.of(x)
+        return self.normed[synapse, norm].use()
 
     def dtype(self, x: Spikes) -> torch.dtype:
         """Of the traces of `x`."""

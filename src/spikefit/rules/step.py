@@ -67,7 +67,7 @@ class Step:
     def normalise(self, norm: BatchNorm, z: Tensor, repeats: int) -> Tensor:
         mu = self.sequence.mu(norm)
         if mu is None:
-            return norm.normalised(z, norm.weight, norm.bias, repeats)[0]
+            return self.sequence.normalised(norm, z, repeats)
         x, mean, var = norm.normalised(z, norm.weight.detach(), norm.bias.detach(), repeats)
         with torch.no_grad():
             shape = (1, 1, -1, *[1] * (z.ndim - 3))
