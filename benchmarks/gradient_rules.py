@@ -1,6 +1,6 @@
 """Approximate rules beside BPTT: memory against T, time of a step, and the gradient of every layer.
 
-    SPIKEFIT_DATA=FOLDER python benchmarks/gradient_rules.py [--quick] [--threads 2] [--only memory time cosine]
+    SPIKEFIT_DATA=FOLDER python benchmarks/gradient_rules.py [--quick] [--threads 2] [--only memory time batch cosine]
         [--networks vgg6 ...] [--measure-to 64] [--studies FOLDER ...] [--out FILE]
     python benchmarks/gradient_rules.py --tables [RECORD ...] [--studies FOLDER ...] [--page PAGE.md]
 
@@ -8,6 +8,7 @@ memory  bytes held for backward, predicted peak and, up to --measure-to, measure
         slopes in T; bytes held over streams in depth, against T and blocks (`rules_memory.py`)
 time    seconds of a step over those of bptt with the same loss, all rows in turns in one process: VGG6 of full width at
         T = 8, batch 16, and the networks of studies/gradient_rules_*.toml on their first batch
+batch   seconds of a step of sltt over those of bptt, the two in turns, on VGG6 of full width at T = 8, batch 8 .. 64
 cosine  cosine to the gradient of BPTT with the same loss and ratio of norms, layer by layer, on the first batch of each
         study, with initial and with trained weights (`rules_cosine.py`): those in a folder of --studies that kept its
         weights, else of one epoch that is trained here
@@ -23,6 +24,7 @@ import argparse
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ import torch
 from harness import describe, interleave, ratio, write
 from rules_cosine import cosine
 from rules_memory import memory
-from rules_page import fill, tables
+from rules_page import BATCHES, fill, in_batches, tables
 from rules_rows import ROWS, RULES, STUDIES, TWIN, VGG6, Network, baseline, gradients, step_of, studied, zoo
 from torch import Tensor
 
@@ -46,8 +48,9 @@ SAME = {
     "ottt over lean:spikes": "ottt",
     "rate:sequence": "rate",
 }
-PARTS = ("memory", "time", "cosine")
+PARTS = ("memory", "time", "batch", "cosine")
 GOAL = "<= 1.1"  # of sltt over bptt
+ROUNDS = 11  # of VGG6
 
 
 def distance(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
@@ -74,14 +77,31 @@ def disagreement() -> str | None:
     return None
 
 
-def times(name: str, network: Network, rounds: int) -> dict[str, Any]:
+def times(name: str, network: Network, rounds: int, rows: Sequence[str] = tuple(ROWS)) -> dict[str, Any]:
     """Seconds of a step by row, and ratios to bptt with the same loss."""
-    steps = {f"{name}: {row}": step_of(network, row)[1] for row in ROWS}
+    steps = {f"{name}: {row}": step_of(network, row)[1] for row in rows}
     torch.manual_seed(0)
     seconds = interleave(steps, rounds=rounds)
-    pairs = {row: (f"{name}: {row}", f"{name}: {TWIN[loss]}") for row, loss in ROWS.items() if row not in TWIN.values()}
+    pairs = {row: (f"{name}: {row}", f"{name}: {TWIN[ROWS[row]]}") for row in rows if row not in TWIN.values()}
     ratios = {f"{name}: {row} / bptt": ratio(seconds, own, twin) for row, (own, twin) in pairs.items()}
     return {"seconds": seconds, "ratios": ratios}
+
+
+def vgg6(batch: int, quick: bool) -> Network:
+    """VGG6 at T = 8, with random input."""
+    return zoo("vgg6", 8, batch, **VGG6, width=0.25 if quick else 1.0)
+
+
+def by_batch(quick: bool) -> dict[str, Any]:
+    """The batch part."""
+    record: dict[str, Any] = {"seconds": {}, "ratios": {}, "targets": {}}
+    for batch in BATCHES[:2] if quick else BATCHES:
+        name = in_batches(batch)
+        one = times(name, vgg6(batch, quick), 1 if quick else ROUNDS, ("bptt", "sltt"))
+        record["seconds"] |= one["seconds"]
+        record["ratios"] |= one["ratios"]
+        record["targets"] |= dict.fromkeys(one["ratios"], GOAL)
+    return record
 
 
 def timed(quick: bool, networks: list[str]) -> dict[str, Any]:
@@ -89,7 +109,7 @@ def timed(quick: bool, networks: list[str]) -> dict[str, Any]:
     record: dict[str, Any] = {"seconds": {}, "ratios": {}, "targets": {}, "unmeasured": {}}
     found = []
     if "vgg6" in networks:
-        found.append(times("vgg6", zoo("vgg6", 8, 16, **VGG6, width=0.25 if quick else 1.0), 1 if quick else 11))
+        found.append(times("vgg6", vgg6(16, quick), 1 if quick else ROUNDS))
     for study in (study for study in STUDIES if study in networks):
         try:
             cell = baseline(study, quick=quick)
@@ -127,6 +147,7 @@ def measure(args: argparse.Namespace) -> int:
     runs = {
         "memory": lambda: memory(args.quick, args.threads, args.measure_to),
         "time": lambda: timed(args.quick, args.networks),
+        "batch": lambda: by_batch(args.quick),
         "cosine": lambda: directions(args.studies, args.quick),
     }
     for part in args.only:

@@ -14,12 +14,15 @@ from rules_rows import MEAN, ROWS, STUDIES, TWIN
 from spikefit.errors import DataError
 from spikefit.reporting.units import MIB, significant
 
+TIMED = ("vgg6", *STUDIES)
+BATCHES = (8, 16, 32, 64)
 MERGED = ("seconds", "ratios", "slopes", "part_seconds")
 DASH = "-"
 
 
 def tables(records: Sequence[Path], folders: Sequence[Path], *, quick: bool = False) -> dict[str, str]:
-    """Markdown by name: "conditions", "memory NETWORK", "depth", "time", "direction STUDY WHEN", "accuracy STUDY".
+    """Markdown by name: "conditions", "memory NETWORK", "depth", "time", "batch", "direction STUDY WHEN",
+    "accuracy STUDY".
 
     Args:
         records: JSON files that `gradient_rules.py --out` wrote; of a part that several hold, the last one counts.
@@ -45,8 +48,11 @@ def tables(records: Sequence[Path], folders: Sequence[Path], *, quick: bool = Fa
         made[f"memory {network}"] = _memory(rows, record["slopes"][network])
     if record.get("depth"):
         made["depth"] = _depth(record["depth"])
-    if record.get("seconds"):
+    if any(f"{name}: bptt" in record.get("seconds", {}) for name in TIMED):
         made["time"] = _times(record["seconds"], record["ratios"])
+    lines = [line for line in map(_batches, map(_read, records)) if line is not None]
+    if lines:
+        made["batch"] = _markdown(["", *(f"batch {b}" for b in BATCHES)], lines)
     for study in record.get("cosine", []):
         for when in ("initial", "trained"):
             made[f"direction {study['study']} {when}"] = _directions(study, when)
@@ -154,7 +160,7 @@ def _kib(count: float | None) -> str:
 
 def _times(seconds: dict[str, list[float]], ratios: dict[str, float]) -> str:
     """Milliseconds of bptt, and ratios to it for all others, a column per network."""
-    networks = [name for name in ("vgg6", *STUDIES) if f"{name}: bptt" in seconds]
+    networks = [name for name in TIMED if f"{name}: bptt" in seconds]
     body = []
     for row in ROWS:
         if row in TWIN.values():
@@ -163,6 +169,23 @@ def _times(seconds: dict[str, list[float]], ratios: dict[str, float]) -> str:
             cells = [f"{ratios[f'{n}: {row} / bptt']:.2f}x" for n in networks]
         body.append([_named(row), *cells])
     return _markdown(["", *networks], body)
+
+
+def in_batches(batch: int) -> str:
+    """What records call VGG6 with samples in batches."""
+    return f"vgg6, batch {batch}"
+
+
+def _batches(record: dict[str, Any]) -> list[str] | None:
+    """The conditions of a record, and per batch sltt over bptt and the milliseconds of that; None without any."""
+    names = [in_batches(b) for b in BATCHES]
+    if not all(f"{name}: bptt" in record["seconds"] for name in names):
+        return None
+    threads = "1 thread" if record["threads"] == 1 else f"{record['threads']} threads"
+    settings = "".join(f", `{key}={value}`" for key, value in record["environment"].items())
+    ratios = [record["ratios"][f"{name}: sltt / bptt"] for name in names]
+    bptt = [significant(1e3 * median(record["seconds"][f"{name}: bptt"])) for name in names]
+    return [threads + settings, *(f"{r:.2f}x of {ms} ms" for r, ms in zip(ratios, bptt, strict=True))]
 
 
 def _directions(study: dict[str, Any], when: str) -> str:
