@@ -126,6 +126,13 @@ def test_numbers_of_another_type_are_converted_as_the_operator_does():
     assert calls == ["float"]
 
 
+def test_tensors_that_are_not_written_out_are():
+    x, g = dyadic(2, 3, 20).requires_grad_(), torch.ones(2, 3, 20)
+    spikes = lif(x, backend="numba")[0]
+    assert torch.equal(lif(torch._neg_view(-x.detach()), backend="numba")[0], spikes)
+    assert not torch.autograd.grad(spikes, x, torch._efficientzerotensor(g.shape))[0].any()
+
+
 class Functions(TorchFunctionMode):
     def __init__(self):
         super().__init__()

@@ -107,6 +107,15 @@ def test_large_mean_keeps_the_variance_of_float64(backend, per_step):
     torch.testing.assert_close(mean if per_step else mean[0], z.mean(axes), rtol=1e-14, atol=0)
 
 
+def test_a_batch_without_samples_has_no_gradient_and_the_moments_of_the_reference():
+    z, scale = torch.randn(4, 0, 6, 3, 3).requires_grad_(), torch.rand(6).requires_grad_()
+    torch.full((4096,), 1e30)  # what memory that nobody filled would hold
+    affine(z, scale, torch.zeros(6), backend="numba").sum().backward()
+    assert torch.equal(scale.grad, torch.zeros(6))
+    for got, wanted in zip(*(moments(z.detach(), backend=b) for b in ("numba", "reference")), strict=True):
+        torch.testing.assert_close(got, wanted, equal_nan=True)
+
+
 def test_a_backend_asked_for_by_name_runs_or_says_why():
     z, weight = torch.rand(2, 3, 5), torch.ones(5)
     for call in (
@@ -121,6 +130,13 @@ def test_a_backend_asked_for_by_name_runs_or_says_why():
     # the wish for a whole model leaves norms to torch
     with use_backend("triton"):
         assert torch.equal(BatchNorm(5)(z), BatchNorm(5, backend="reference")(z))
+
+
+@pytest.mark.parametrize("per_step", [False, True])
+@pytest.mark.parametrize("shape", [(3,), (1,), ()])
+def test_refuses_a_bias_of_another_shape(shape, per_step):
+    with pytest.raises(ShapeError, match=r"expected weight and bias as \[C=4\]"):
+        channel_norm(torch.randn(2, 3, 4, 5), torch.ones(4), torch.zeros(shape), per_step=per_step)
 
 
 def test_refuses():

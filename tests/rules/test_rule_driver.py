@@ -10,7 +10,7 @@ from torch import nn
 from spikefit import create_model, use_strategy
 from spikefit.encoding import repeat
 from spikefit.layers import Dropout, Readout, SpikingConv2d, SpikingLinear, SpikingUnit
-from spikefit.layers.norm import BatchNorm
+from spikefit.layers.norm import BatchNorm, StepBatchNorm
 from spikefit.losses import create_loss
 from spikefit.models import SpikingNetwork
 from spikefit.rules import AllSteps, EveryK, RandomK, drive, ndot, ottt, sltt, tbptt
@@ -166,6 +166,38 @@ def test_the_norm_behind_a_static_image_runs_once_and_moves_its_statistics_by_al
     assert error(gradients_got, {n: g for n, g in gradients_wanted.items() if g.norm() > 1e-9}) <= 1e-12
     for (name, a), b in zip(got.named_buffers(), wanted.buffers(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_a_norm_of_ones_own_behind_a_static_image_runs_in_every_step():
+    class GainPerStep(StepBatchNorm):
+        """A gain for each step, as in TEBN."""
+
+        def __init__(self, channels):
+            super().__init__(channels)
+            self.gains, self.t = nn.Parameter(torch.linspace(0.5, 1.5, 6)), 0
+
+        def normalised(self, z, weight, bias, repeats=1):
+            self.t += 1
+            x, *statistics = super().normalised(z, weight, bias, repeats)
+            return x * self.gains[(self.t - 1) % 6], *statistics
+
+    static, y = repeat(torch.rand(4, 2, 8, 8, dtype=torch.float64), 6), torch.tensor([0, 1, 2, 0])
+    found = []
+    for x in (static, static.contiguous()):
+        net = vgg6()
+        net.blocks[0].norm = GainPerStep(net.blocks[0].norm.channels).double()
+        found.append(run(net, x, y, sltt())[0])
+    assert error(found[0], {n: g for n, g in found[1].items() if g.norm() > 1e-9}) <= 1e-12
+
+
+@pytest.mark.parametrize("rule", [sltt(sampler=EveryK(2, 1)), ottt(trace_first=False, sampler=EveryK(2, 1))], ids=str)
+def test_a_static_image_reaches_the_first_synapse_in_half_precision_from_a_later_step(rule):
+    images, y = torch.rand(8, 2, 8, 8, generator=torch.Generator().manual_seed(3)), torch.arange(8) % 3
+    static, around = repeat(images, 4), lambda: torch.autocast("cpu", torch.bfloat16)
+    got, wanted = (run(vgg6().float(), x, y, rule, create_loss("tet"), around=around)[0] for x in (static, static + 0))
+    first = "blocks.0.synapse.weight"
+    assert wanted[first].norm() > 0
+    assert error({first: got[first]}, {first: wanted[first]}) <= 0.05
 
 
 @pytest.mark.parametrize("rule", [sltt(), ottt()], ids=lambda r: r.name)

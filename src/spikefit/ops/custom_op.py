@@ -43,7 +43,11 @@ class CustomOp:
         for a, types in zip(args, self._exact, strict=True):
             if type(a) not in types:
                 return self._op(*args)
-            graph = graph or (isinstance(a, Tensor) and a.requires_grad)
+            if isinstance(a, Tensor):
+                # what torch would write out first
+                if a.is_neg() or a._is_zerotensor():
+                    return self._op(*args)
+                graph = graph or a.requires_grad
         if not (graph and torch.is_grad_enabled()):
             return self._values(*args)
         # an operator without a gradient says so in backward
@@ -72,7 +76,7 @@ class CustomOp:
 
 
 def _exact(hint: Any) -> frozenset[type]:
-    """The types an argument may have without a conversion; empty for lists, in which no graph would be found."""
+    """The types an argument may have without a conversion; a list, whose graph would not be found, has none of them."""
     types = {t for t in get_args(hint) or (hint,) if isinstance(t, type)}
     return frozenset(types | {torch.nn.Parameter} if Tensor in types else types)
 

@@ -168,11 +168,14 @@ class Sequence:
     def normalised(self, norm: BatchNorm, z: Tensor, repeats: int) -> Tensor:
         """norm(z); that of a stem is computed once, and moves its running statistics by all steps at once."""
         synapse, stem = self.last_stem or (None, None)
-        # the output of a norm that is online depends on the steps before
-        if synapse is None or z is not stem or self.repeated is None or isinstance(norm, OnlineRenorm):
+        # a norm with a way of its own may depend on the step, as online ones do
+        own = type(norm).normalised is not BatchNorm.normalised
+        if synapse is None or z is not stem or self.repeated is None or own:
             return norm.normalised(z, norm.weight, norm.bias, repeats)[0]
         if (synapse, norm) not in self.normed:
             with torch.enable_grad():
+                # in half precision what this step was given is a copy, which has no graph where the step has none
+                z = self.stems[synapse][1].use()
                 x = norm.normalised(z, norm.weight, norm.bias, self.repeated.shape[0])[0]
             self.normed[synapse, norm] = Once.of(x)
         return self.normed[synapse, norm].use()

@@ -158,8 +158,8 @@ def _totals(g, z, rows):
     T, M, C, _ = z.shape
     partial = np.zeros((2, T, (M + rows - 1) // rows, C))
     _gradient_sums(g, z, partial, rows)
-    total = partial[:, :, 0].copy()
-    for b in range(1, partial.shape[2]):
+    total = np.zeros((2, T, C))
+    for b in range(partial.shape[2]):
         total += partial[:, :, b]
     return total
 

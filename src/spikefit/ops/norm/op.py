@@ -57,6 +57,10 @@ def channel_norm(
     Source: Ioffe, Szegedy 2015, arXiv:1502.03167.
     """
     _check(z, weight)
+    if weight.ndim != 1 or bias.shape != weight.shape:
+        raise ShapeError(
+            f"norm: expected weight and bias as [C={z.shape[2]}], got {tuple(weight.shape)} and {tuple(bias.shape)}."
+        )
     x, mean, var = _channel_norm(z, weight, bias, eps, per_step, _choose(z, backend))
     compute = compute_dtype(z.dtype)
     return x, Moments(mean.detach().to(compute), var.detach().to(compute), z.numel() // mean.numel())
