@@ -24,7 +24,7 @@ import argparse
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,22 @@ import torch
 from harness import describe, interleave, ratio, write
 from rules_cosine import cosine
 from rules_memory import memory
-from rules_page import BATCHES, fill, in_batches, tables
-from rules_rows import ROWS, RULES, STUDIES, TWIN, VGG6, Network, baseline, gradients, step_of, studied, zoo
+from rules_page import fill, tables
+from rules_rows import (
+    BATCHES,
+    ROWS,
+    RULES,
+    STUDIES,
+    TWIN,
+    VGG6,
+    Network,
+    baseline,
+    gradients,
+    in_batches,
+    step_of,
+    studied,
+    zoo,
+)
 from torch import Tensor
 
 from spikefit.errors import DataError, RuleWarning, SpikefitError
@@ -87,6 +101,12 @@ def times(name: str, network: Network, rounds: int, rows: Sequence[str] = tuple(
     return {"seconds": seconds, "ratios": ratios}
 
 
+def joined(found: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """What `times` gave for several networks, as one."""
+    parts = list(found)
+    return {key: {name: value for part in parts for name, value in part[key].items()} for key in ("seconds", "ratios")}
+
+
 def vgg6(batch: int, quick: bool) -> Network:
     """VGG6 at T = 8, with random input."""
     return zoo("vgg6", 8, batch, **VGG6, width=0.25 if quick else 1.0)
@@ -94,20 +114,15 @@ def vgg6(batch: int, quick: bool) -> Network:
 
 def by_batch(quick: bool) -> dict[str, Any]:
     """The batch part."""
-    record: dict[str, Any] = {"seconds": {}, "ratios": {}, "targets": {}}
-    for batch in BATCHES[:2] if quick else BATCHES:
-        name = in_batches(batch)
-        one = times(name, vgg6(batch, quick), 1 if quick else ROUNDS, ("bptt", "sltt"))
-        record["seconds"] |= one["seconds"]
-        record["ratios"] |= one["ratios"]
-        record["targets"] |= dict.fromkeys(one["ratios"], GOAL)
-    return record
+    rounds, rows = 1 if quick else ROUNDS, ("bptt", "sltt")
+    batches = BATCHES[:2] if quick else BATCHES
+    record = joined(times(in_batches(batch), vgg6(batch, quick), rounds, rows) for batch in batches)
+    return record | {"targets": dict.fromkeys(record["ratios"], GOAL)}
 
 
 def timed(quick: bool, networks: list[str]) -> dict[str, Any]:
     """The time part: of VGG6, and of the networks of studies whose data are there, those in `networks`."""
-    record: dict[str, Any] = {"seconds": {}, "ratios": {}, "targets": {}, "unmeasured": {}}
-    found = []
+    found, unmeasured = [], {}
     if "vgg6" in networks:
         found.append(times("vgg6", vgg6(16, quick), 1 if quick else ROUNDS))
     for study in (study for study in STUDIES if study in networks):
@@ -115,12 +130,8 @@ def timed(quick: bool, networks: list[str]) -> dict[str, Any]:
             cell = baseline(study, quick=quick)
             found.append(times(study, studied(cell, FirstBatch(cell.recipe)), 1 if quick else 3))
         except DataError as error:
-            record["unmeasured"][f"time: {study}"] = str(error)
-    for one in found:
-        record["seconds"] |= one["seconds"]
-        record["ratios"] |= one["ratios"]
-    record["targets"] = {"vgg6: sltt / bptt": GOAL}
-    return record
+            unmeasured[f"time: {study}"] = str(error)
+    return joined(found) | {"targets": {"vgg6: sltt / bptt": GOAL}, "unmeasured": unmeasured}
 
 
 def directions(folders: list[Path], quick: bool) -> dict[str, Any]:

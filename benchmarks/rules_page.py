@@ -9,13 +9,12 @@ from typing import Any
 
 from rules_cosine import ATTACHED
 from rules_memory import slope_of
-from rules_rows import MEAN, ROWS, STUDIES, TWIN
+from rules_rows import BATCHES, MEAN, ROWS, STUDIES, TWIN, in_batches
 
 from spikefit.errors import DataError
 from spikefit.reporting.units import MIB, significant
 
 TIMED = ("vgg6", *STUDIES)
-BATCHES = (8, 16, 32, 64)
 MERGED = ("seconds", "ratios", "slopes", "part_seconds")
 DASH = "-"
 
@@ -33,8 +32,8 @@ def tables(records: Sequence[Path], folders: Sequence[Path], *, quick: bool = Fa
         DataError: a file that is not there or is no such record.
     """
     record: dict[str, Any] = {}
-    for path in records:
-        found = _read(path)
+    read = {path: _read(path) for path in records}
+    for path, found in read.items():
         if not isinstance(found, dict) or found.get("benchmark") != "gradient_rules" or not found.get("parity"):
             raise DataError(
                 f"{path}: expected a record of gradient_rules.py whose parity check was green; run it again."
@@ -42,7 +41,7 @@ def tables(records: Sequence[Path], folders: Sequence[Path], *, quick: bool = Fa
         if found["quick"] and not quick:
             raise DataError(f"{path}: expected a record of the networks of the page, got one made with --quick.")
         record |= found | {key: record.get(key, {}) | found.get(key, {}) for key in MERGED}
-    made = {"conditions": "\n".join(_conditions(path, _read(path)) for path in records)} if records else {}
+    made = {"conditions": "\n".join(_conditions(path, found) for path, found in read.items())} if read else {}
     for network in dict.fromkeys(row["network"] for row in record.get("memory", [])):
         rows = [row for row in record["memory"] if row["network"] == network]
         made[f"memory {network}"] = _memory(rows, record["slopes"][network])
@@ -50,7 +49,7 @@ def tables(records: Sequence[Path], folders: Sequence[Path], *, quick: bool = Fa
         made["depth"] = _depth(record["depth"])
     if any(f"{name}: bptt" in record.get("seconds", {}) for name in TIMED):
         made["time"] = _times(record["seconds"], record["ratios"])
-    lines = [line for line in map(_batches, map(_read, records)) if line is not None]
+    lines = [line for line in map(_batches, read.values()) if line is not None]
     if lines:
         made["batch"] = _markdown(["", *(f"batch {b}" for b in BATCHES)], lines)
     for study in record.get("cosine", []):
@@ -169,11 +168,6 @@ def _times(seconds: dict[str, list[float]], ratios: dict[str, float]) -> str:
             cells = [f"{ratios[f'{n}: {row} / bptt']:.2f}x" for n in networks]
         body.append([_named(row), *cells])
     return _markdown(["", *networks], body)
-
-
-def in_batches(batch: int) -> str:
-    """What records call VGG6 with samples in batches."""
-    return f"vgg6, batch {batch}"
 
 
 def _batches(record: dict[str, Any]) -> list[str] | None:

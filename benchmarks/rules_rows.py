@@ -38,6 +38,7 @@ ROWS = {
 # the rules whose gradients differ from each other
 RULES = ("sltt", "sltt_k", "ottt", "ndot", "tbptt:2", "rate")
 STUDIES = ("uci_har", "nmnist", "cifar10")
+BATCHES = (8, 16, 32, 64)  # of VGG6
 VGG6: dict[str, Any] = {"pool": "avg", "input_shape": (3, 32, 32)}
 
 
@@ -68,6 +69,11 @@ def zoo(name: str, timesteps: int, batch: int, *, dtype: torch.dtype = torch.flo
 
     x, _ = random_sample(make().input_shape, timesteps, batch, dtype=dtype)
     return Network(make, x, torch.arange(batch) % 6)
+
+
+def in_batches(batch: int) -> str:
+    """What records call VGG6 with samples in batches."""
+    return f"vgg6, batch {batch}"
 
 
 def baseline(study: str, *, quick: bool) -> Cell:

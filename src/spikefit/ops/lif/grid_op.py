@@ -105,7 +105,7 @@ def _forward(
     options: dict[str, Any] = {"leak": leak, "gain": gain, "v_threshold": v_threshold, "equation": equation}
     if backend == "reference":
         return reference.lif_on_grid(x, v_0, **options)
-    layout, dtype = Layout(x), _room(x, backend)
+    layout, dtype = Layout.of(x), _room(x, backend)
     spikes, v_T = layout.empty(x, dtype), layout.empty_state(x, v_0.dtype)
     lost = layout.empty(x, torch.uint8)
     _kernels(backend).forward(
@@ -153,7 +153,7 @@ def _backward(
     if backend == "reference":
         options: dict[str, Any] = {"leak": leak, "gain": gain, "v_threshold": v_threshold, "equation": equation}
         return reference.lif_on_grid_backward(g, q, x, v_T, spikes, lost, **options)
-    layout, dtype = Layout(x), _room(x, backend)
+    layout, dtype = Layout.of(x), _room(x, backend)
     dx = layout.empty(x, dtype)
     dv_0, v_0 = layout.empty_state(x, v_T.dtype), layout.empty_state(x, v_T.dtype)
     _kernels(backend).backward(

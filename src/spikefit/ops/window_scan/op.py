@@ -192,7 +192,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(spikes, membranes); the latter empty unless wanted."""
-    equation, layout = _unflat(links, fuse, leak, reset, strict, surrogate, parameter), Layout(x)
+    equation, layout = _unflat(links, fuse, leak, reset, strict, surrogate, parameter), Layout.of(x)
     spikes, membranes = layout.empty(x, x.dtype), _wanted(layout, x, want_membranes)
     if x.numel() > 0:
         _kernels(backend).forward(
@@ -232,7 +232,7 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(dx, dgiven) from the gradients of spikes and membranes; dgiven is empty unless wanted."""
-    equation, layout = _unflat(links, fuse, leak, reset, strict, surrogate, parameter), Layout(x)
+    equation, layout = _unflat(links, fuse, leak, reset, strict, surrogate, parameter), Layout.of(x)
     dx, dgiven = layout.empty(x, x.dtype), _wanted(layout, x, want_given)
     if x.numel() > 0:
         _kernels(backend).backward(
